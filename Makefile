@@ -1,0 +1,73 @@
+# Every target first makes sure that .venv is what the locks say; see CONTRIBUTING.md.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?= python3.11
+JOBS ?= 2
+# Overrides for the recipe, e.g. `make demo ARGS="steps=20 learner.tensor_parallel=1"`.
+ARGS ?=
+
+BIN := .venv/bin
+UV_VERSION := 0.13.8
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+
+.PHONY: help
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
+
+.PHONY: install
+install: ## Install .venv from the locks (skipped when it is current)
+	@PYTHON=$(PYTHON) scripts/install.sh
+
+.PHONY: demo
+demo: install ## Run the demo recipe: a tiny student learns from a tiny teacher
+	@$(BIN)/opd run demo $(ARGS)
+
+.PHONY: test
+test: install ## Run the whole CPU suite
+	$(PYTEST) -m "not real and not gpu and not slow" -n $(JOBS)
+	$(PYTEST) -m "real and not gpu and not slow" --durations=10
+
+.PHONY: test-slow
+test-slow: install ## Run the tests that take minutes each
+	$(PYTEST) -m "slow and not gpu" --durations=0
+
+.PHONY: test-gpu
+test-gpu: install ## Run the tests that need a CUDA device
+	$(PYTEST) -m "gpu" --durations=10
+
+.PHONY: check
+check: install ## Lint, format, types, import layers, unit tests: about a minute
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/pyright
+	$(PYTEST) -m "not real and not gpu and not slow" -n $(JOBS)
+
+.PHONY: format
+format: install ## Apply the formatter and the safe lint fixes
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.PHONY: install-launch
+install-launch: install ## Add NeMo-Run to .venv (the extra `launch`)
+	@$(BIN)/python -m pip install -q --no-compile --no-deps --require-hashes -r locks/launch-cpu.lock
+
+.PHONY: uv
+uv: install
+	@[[ "$$($(BIN)/uv --version 2>/dev/null)" == "uv $(UV_VERSION) "* ]] || $(BIN)/python -m pip install -q --no-compile uv==$(UV_VERSION)
+
+.PHONY: lock
+lock: uv ## Resolve locks/*.lock again, keeping versions (ARGS=--upgrade takes newer ones)
+	$(BIN)/python scripts/lock.py $(ARGS)
+
+.PHONY: production-pins
+production-pins: uv ## Prove that the production pins resolve, for x86_64 and aarch64, from metadata alone
+	$(BIN)/python scripts/production_pins.py $(ARGS)
+
+.PHONY: clean
+clean: ## Remove .venv and caches; runs/ stays
+	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,82 @@
+"""`opd recipes list|show` and `opd validate`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+import yaml
+
+from opd_megatron.config.overrides import apply_overrides, changed_leaves, to_mapping
+from opd_megatron.config.recipes import find_recipes, load_recipe
+from opd_megatron.config.rules import check
+from opd_megatron.config.schema import Recipe
+from opd_megatron.launch.preflight import check_inputs
+
+app = typer.Typer(help="The recipes that come with the project.", no_args_is_help=True)
+
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe name or path to a .py file.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="Overrides, e.g. optimizer.lr=1e-4.")
+]
+
+
+@app.command("list")
+def list_recipes() -> None:
+    """One line per recipe."""
+    found = {name: load_recipe(str(path))[0] for name, path in find_recipes().items()}
+    width = max(map(len, found), default=0)
+    for name, recipe in found.items():
+        typer.echo(f"{name:<{width}}  {recipe.summary}")
+
+
+@app.command("show")
+def show(
+    name: RecipeName,
+    overrides: Overrides = None,
+    changed: Annotated[bool, typer.Option("--changed", help="Only what differs from the defaults.")] = False,
+) -> None:
+    """The fully resolved recipe as YAML."""
+    recipe = apply_overrides(load_recipe(name)[0], overrides or [])
+    if changed:
+        for key, (default, value) in changed_leaves(Recipe(), recipe).items():
+            typer.echo(f"{key}: {value!r}  (default {default!r})")
+        return
+    typer.echo(yaml.safe_dump(to_mapping(recipe), sort_keys=False), nl=False)
+
+
+def validate(name: RecipeName, overrides: Overrides = None) -> None:
+    """Check a recipe, its model directories, tokenizers and data, without starting anything."""
+    recipe = apply_overrides(load_recipe(name)[0], overrides or [])
+    check(recipe)
+    facts = check_inputs(recipe)
+    for line in describe(recipe):
+        typer.echo(line)
+    scans = [facts.train] + ([facts.heldout] if facts.heldout else [])
+    for scan in scans:
+        refused = scan.rejections.by_reason
+        reasons = ", ".join(f"{reason} {count}" for reason, count in refused.items())
+        typer.echo(
+            f"{scan.key}: {len(scan.rows)} of {scan.num_rows} rows usable"
+            + (f"; rejected: {reasons}" if reasons else "")
+        )
+    typer.echo(f"tokenizer: {facts.vocab_size} ids, the same for student and teachers")
+    typer.echo("valid")
+
+
+def describe(recipe: Recipe) -> list[str]:
+    """What a run will be, in a few lines: derived numbers included."""
+    batch, learner = recipe.batch, recipe.learner
+    layout = (
+        f"TP={learner.tensor_parallel} PP={learner.pipeline_parallel} "
+        f"CP={learner.context_parallel} DP={learner.data_parallel}"
+    )
+    return [
+        f"recipe {recipe.name}: {recipe.summary}",
+        f"objective {recipe.objective.divergence} ({recipe.objective.estimator}), discount "
+        f"{recipe.objective.discount:g}, {recipe.correction.kind} importance sampling "
+        f"[{recipe.correction.low:g}, {recipe.correction.high:g}]",
+        f"batch {batch.prompts_per_step} prompts x {batch.rollouts_per_prompt} rollouts = "
+        f"{batch.samples_per_step} samples a step, {recipe.steps} steps",
+        f"learner {layout} = {learner.world_size} ranks, {learner.precision}, {recipe.device}",
+    ]

@@ -1,0 +1,104 @@
+"""Finding and loading recipes: `recipes/NAME.py` in a source tree, the copy inside an installed wheel, or a path.
+
+A recipe file defines `recipe() -> Recipe` and has a docstring. Relative model and data paths are taken
+relative to the recipe file, so a copied recipe keeps working.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+from pathlib import Path
+
+from opd_megatron.config.schema import Recipe
+from opd_megatron.errors import ConfigError, did_you_mean
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def recipe_folders() -> tuple[Path, ...]:
+    """Folders searched for recipes: the source tree's `recipes/`, else the wheel's copy."""
+    candidates = (_PACKAGE.parent / "recipes", _PACKAGE / "_recipes")
+    return tuple(folder for folder in candidates if folder.is_dir())
+
+
+def find_recipes() -> dict[str, Path]:
+    """Map recipe name to file, sorted by name."""
+    found: dict[str, Path] = {}
+    for folder in recipe_folders():
+        for path in sorted(folder.glob("*.py")):
+            if not path.name.startswith("_"):
+                found.setdefault(path.stem, path)
+    return found
+
+
+def locate_recipe(name: str) -> Path:
+    """Resolve a recipe name or a path to a recipe file.
+
+    Raises:
+        ConfigError: no such recipe.
+    """
+    if name.endswith(".py") or os.sep in name:
+        path = Path(name)
+        if not path.is_file():
+            raise ConfigError.of("RECIPE", name, "no such file", "give a recipe name or a path")
+        return path.resolve()
+    known = find_recipes()
+    if name not in known:
+        raise ConfigError(
+            f"RECIPE={name!r}: no such recipe{did_you_mean(name, known)}; "
+            f"see `opd recipes list` ({', '.join(known)})"
+        )
+    return known[name]
+
+
+def load_recipe(name: str) -> tuple[Recipe, Path]:
+    """Load a recipe by name or path; paths inside it come back absolute where they exist beside it.
+
+    Raises:
+        ConfigError: no such recipe, the file does not define `recipe()`, or it raises.
+    """
+    path = locate_recipe(name)
+    spec = importlib.util.spec_from_file_location(f"opd_recipe_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        value = module.recipe()
+    except (ImportError, AttributeError, TypeError, SyntaxError, NameError) as error:
+        raise ConfigError(
+            f"recipe {path}: {type(error).__name__}: {error}; a recipe file defines "
+            f"`def recipe() -> Recipe` with fields of opd_megatron.config.schema"
+        ) from error
+    if not isinstance(value, Recipe):
+        raise ConfigError(f"recipe {path}: recipe() returned {type(value).__name__}, not Recipe")
+    value = dataclasses.replace(
+        value,
+        name=path.stem,
+        summary=value.summary or (module.__doc__ or "").strip().split("\n")[0],
+    )
+    return resolve_paths(value, path.parent), path
+
+
+def resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
+    """Make relative model and data paths absolute when they exist below `folder`."""
+
+    def absolute(path: str) -> str:
+        if path and not os.path.isabs(path) and (folder / path).exists():
+            return str((folder / path).resolve())
+        return path
+
+    return dataclasses.replace(
+        recipe,
+        student=dataclasses.replace(recipe.student, path=absolute(recipe.student.path)),
+        teachers={
+            name: dataclasses.replace(teacher, path=absolute(teacher.path))
+            for name, teacher in recipe.teachers.items()
+        },
+        data=dataclasses.replace(
+            recipe.data,
+            train=absolute(recipe.data.train),
+            heldout=absolute(recipe.data.heldout),
+        ),
+    )

@@ -1,0 +1,139 @@
+"""Rules a recipe must keep, checked before anything is started. No torch, no files except by name.
+
+Single-field rules come from the field metadata of `schema.py`; rules between fields are the functions below.
+Every violation is collected, so a user fixes them in one go.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from opd_megatron.config.schema import Recipe
+from opd_megatron.errors import ConfigError, did_you_mean
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+def _field_problems(section: Any, prefix: str) -> Iterator[str]:
+    for field in dataclasses.fields(section):
+        key = f"{prefix}{field.name}"
+        value = getattr(section, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _field_problems(value, f"{key}.")
+        elif isinstance(value, dict):
+            for name, child in value.items():
+                yield from _field_problems(child, f"{key}.{name}.")
+        else:
+            yield from _value_problems(key, value, field.metadata)
+
+
+def _value_problems(key: str, value: Any, metadata: Any) -> Iterator[str]:
+    choices = metadata.get("choices")
+    if choices and value not in choices:
+        suggestion = did_you_mean(str(value), choices)
+        yield f"{key}={value!r}: no such choice{suggestion}; use one of: {', '.join(choices)}"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    if value != value or value in (float("inf"), float("-inf")):
+        yield f"{key}={value!r}: must be finite; give a number"
+        return
+    low, high = metadata.get("low"), metadata.get("high")
+    if low is not None and value < low:
+        yield f"{key}={value!r}: must be at least {low}; raise it"
+    if high is not None and value > high:
+        yield f"{key}={value!r}: must be at most {high}; lower it"
+
+
+def _required(recipe: Recipe) -> Iterator[str]:
+    if not _NAME.fullmatch(recipe.name):
+        yield f"name={recipe.name!r}: must match {_NAME.pattern}; rename the recipe file"
+    if not recipe.student.path:
+        yield "student.path='': must name a Hugging Face model directory; set student.path=DIR"
+    if not recipe.data.train:
+        yield "data.train='': must name a JSONL or parquet file; set data.train=FILE"
+    if not recipe.teachers:
+        yield "teachers={}: at least one teacher is needed; set teachers.main.path=DIR"
+    for name, teacher in recipe.teachers.items():
+        if not _NAME.fullmatch(name):
+            yield f"teachers.{name}: teacher names must match {_NAME.pattern}; rename it"
+        if not teacher.path:
+            yield f"teachers.{name}.path='': must name a model directory; set teachers.{name}.path=DIR"
+
+
+def _lengths(recipe: Recipe) -> Iterator[str]:
+    longest = recipe.data.max_prompt_tokens + recipe.rollout.max_new_tokens
+    servers = {"rollout.server": recipe.rollout.server} | {
+        f"teachers.{name}.server": teacher.server for name, teacher in recipe.teachers.items()
+    }
+    for key, server in servers.items():
+        # SGLang reserves one position for the token after the last one.
+        room = server.context_length - 1
+        if longest > room:
+            yield (
+                f"data.max_prompt_tokens={recipe.data.max_prompt_tokens} + rollout.max_new_tokens="
+                f"{recipe.rollout.max_new_tokens} exceeds {key}.context_length="
+                f"{server.context_length} - 1; lower rollout.max_new_tokens to "
+                f"{max(1, room - recipe.data.max_prompt_tokens)} or raise {key}.context_length"
+            )
+    if longest > recipe.batch.tokens_per_microbatch:
+        yield (
+            f"batch.tokens_per_microbatch={recipe.batch.tokens_per_microbatch}: the longest possible "
+            f"sample has {longest} tokens (data.max_prompt_tokens + rollout.max_new_tokens); raise it to "
+            f"at least {longest}"
+        )
+
+
+def _learner(recipe: Recipe) -> Iterator[str]:
+    learner = recipe.learner
+    if learner.sequence_parallel and learner.tensor_parallel == 1:
+        yield (
+            "learner.sequence_parallel=True: needs learner.tensor_parallel > 1; "
+            "set learner.sequence_parallel=false"
+        )
+    if recipe.batch.samples_per_step < learner.data_parallel:
+        yield (
+            f"learner.data_parallel={learner.data_parallel}: more ranks than the "
+            f"{recipe.batch.samples_per_step} samples of a step; lower it or raise batch.prompts_per_step"
+        )
+
+
+def _objective(recipe: Recipe) -> Iterator[str]:
+    correction = recipe.correction
+    if correction.kind != "none" and not correction.low <= 1.0 <= correction.high:
+        yield (
+            f"correction.low={correction.low}, correction.high={correction.high}: the window must "
+            f"contain 1, the ratio of identical policies; e.g. [0.5, 2.0]"
+        )
+    if recipe.max_staleness > 0:
+        yield (
+            f"max_staleness={recipe.max_staleness}: rollouts are strictly on-policy in this version; "
+            f"set max_staleness=0"
+        )
+    if recipe.rollout.top_p < 1.0 or recipe.rollout.top_k != -1:
+        yield (
+            f"rollout.top_p={recipe.rollout.top_p}, rollout.top_k={recipe.rollout.top_k}: the rollout "
+            f"engine's log-probs are of the untruncated distribution, so the importance weight would be "
+            f"wrong; set rollout.top_p=1.0 rollout.top_k=-1"
+        )
+
+
+def problems(recipe: Recipe) -> list[str]:
+    """Every violated rule, as one line each: key, value seen, rule, fix."""
+    found = list(_field_problems(recipe, ""))
+    for rule in (_required, _lengths, _learner, _objective):
+        found.extend(rule(recipe))
+    return found
+
+
+def check(recipe: Recipe) -> None:
+    """Raise on the first call with every problem listed.
+
+    Raises:
+        ConfigError: one line per violated rule.
+    """
+    found = problems(recipe)
+    if found:
+        raise ConfigError("\n".join(found))

@@ -1,0 +1,98 @@
+"""When evaluation is due: held-out accuracy on the rollout servers, the KL to the teacher, the teacher's accuracy."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from opd_megatron.config.schema import Recipe
+from opd_megatron.controller.roles import Roles
+from opd_megatron.data.chat import ChatTokenizer
+from opd_megatron.eval.evaluate import AccuracyResult, evaluate_accuracy, evaluate_kl, summarize
+from opd_megatron.eval.grading import Grader, check_answers, make_grader
+from opd_megatron.serving.client import SglangClient, Sampling
+from opd_megatron.types import Prompt
+
+_SET = "eval/heldout"
+
+
+class Evaluator:
+    """Evaluates always the same problems with the same settings.
+
+    Args:
+        prompts: the held-out set; its first `evaluation.problems` are used.
+    """
+
+    def __init__(
+        self, recipe: Recipe, roles: Roles, tokenizer: ChatTokenizer, prompts: Sequence[Prompt]
+    ) -> None:
+        self.settings = recipe.evaluation
+        self.grader: Grader = make_grader(recipe.evaluation.grader)
+        self._roles = roles
+        self._tokenizer = tokenizer
+        self._problems = tuple(prompts[: self.settings.problems])
+        check_answers(self._problems)
+        self._sampling = Sampling(
+            temperature=self.settings.temperature, max_new_tokens=recipe.rollout.max_new_tokens
+        )
+        self._teacher = next(iter(recipe.teachers))
+        self._count = 0
+
+    async def evaluate(self, with_teacher: bool) -> dict[str, float]:
+        """Measure the weights that the rollout servers hold now.
+
+        Args:
+            with_teacher: also measure the teacher's own accuracy (it does not change: once is enough).
+        """
+        self._count += 1
+        student = await self._accuracy(self._roles.rollout, f"eval-{self._count}-student")
+        metrics = {
+            f"{_SET}/accuracy": student.mean,
+            f"{_SET}/best_of_n": student.best_of_n,
+            f"{_SET}/truncated_frac": student.truncated_frac,
+            f"{_SET}/len_mean": student.len_mean,
+        }
+        if self.settings.kl_problems > 0:
+            metrics |= await self._kl(student)
+        if with_teacher:
+            teacher = await self._accuracy(
+                self._roles.teachers[self._teacher], f"eval-{self._count}-teacher"
+            )
+            metrics[f"{_SET}/teacher_accuracy"] = teacher.mean
+        return metrics
+
+    async def _accuracy(self, clients: Sequence[SglangClient], name: str) -> AccuracyResult:
+        shares = [self._problems[i :: len(clients)] for i in range(len(clients))]
+        parts = await asyncio.gather(
+            *(
+                evaluate_accuracy(
+                    client,
+                    share,
+                    self._tokenizer,
+                    self.grader,
+                    self._sampling,
+                    self.settings.samples_per_problem,
+                    f"{name}-{number}",
+                )
+                for number, (client, share) in enumerate(zip(clients, shares, strict=True))
+                if share
+            )
+        )
+        return summarize(
+            [sample for part in parts for sample in part.samples],
+            [rollout for part in parts for rollout in part.rollouts],
+        )
+
+    async def _kl(self, student: AccuracyResult) -> dict[str, float]:
+        chosen = {prompt.id for prompt in self._problems[: self.settings.kl_problems]}
+        rollouts = [rollout for rollout in student.rollouts if rollout.prompt_id in chosen]
+        result = await evaluate_kl(
+            self._roles.rollout[0],
+            self._roles.teachers[self._teacher][0],
+            rollouts,
+            self._tokenizer.vocab_size,
+        )
+        metrics = {f"{_SET}/kl_reverse": result.reverse}
+        if result.forward is not None:
+            metrics[f"{_SET}/kl_forward"] = result.forward
+        return metrics

@@ -1,0 +1,71 @@
+"""The controller's end of the learner mailbox: send one command, wait for its answer, with a deadline."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from opd_megatron.atomic import read_json
+from opd_megatron.errors import EXIT_CONFIG, NumericsError, OpdError, RoleDied
+from opd_megatron.exchange import mailbox
+
+
+class LearnerLink:
+    """One command at a time, numbered from 1.
+
+    Args:
+        folder: the mailbox of this attempt.
+        timeout_s: how long one command may take.
+    """
+
+    def __init__(self, folder: Path, timeout_s: float) -> None:
+        self.folder = folder
+        self.timeout_s = timeout_s
+        self._number = 0
+        self._lock = asyncio.Lock()
+
+    async def wait_ready(self, deadline_s: float, on_wait: Callable[[float], None]) -> dict[str, Any]:
+        """Wait for every rank to be up; returns what the learner says of itself.
+
+        Raises:
+            RoleDied: not ready in time.
+        """
+        start = time.monotonic()
+        path = self.folder / mailbox.READY
+        while not path.exists():
+            waited = time.monotonic() - start
+            if waited > deadline_s:
+                raise RoleDied(
+                    f"learner: not ready after {deadline_s:.0f} s (learner.start_timeout_s); see its log"
+                )
+            on_wait(waited)
+            await asyncio.sleep(0.05)
+        return read_json(path)
+
+    async def ask(self, kind: str, **arguments: Any) -> dict[str, Any]:
+        """Send a command and return its result.
+
+        Raises:
+            RoleDied: no answer before the deadline.
+            OpdError: the learner answered with a failure, with its exit code.
+        """
+        async with self._lock:
+            self._number += 1
+            number = self._number
+            mailbox.post_command(self.folder, number, kind, **arguments)
+            start = time.monotonic()
+            while (answer := mailbox.read_answer(self.folder, number)) is None:
+                if time.monotonic() - start > self.timeout_s:
+                    raise RoleDied(
+                        f"learner: no answer to {kind!r} after {self.timeout_s:.0f} s "
+                        f"(learner.step_timeout_s); see its log"
+                    )
+                await asyncio.sleep(mailbox.POLL_S)
+        if not answer["ok"]:
+            error = answer["error"]
+            wanted = NumericsError if error["exit_code"] == EXIT_CONFIG else OpdError
+            raise wanted(f"learner, {kind}: {error['type']}: {error['message']}")
+        return answer["result"]

@@ -1,0 +1,73 @@
+"""New weights from the learner to every rollout server, through a directory, with proof."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from opd_megatron.config.schema import Recipe
+from opd_megatron.controller.roles import Roles
+from opd_megatron.rundir import RunDir
+from opd_megatron.weight_sync.disk import push_weights
+
+
+@dataclass(frozen=True)
+class Published:
+    """One version on disk, and the learner's own log-probs of the probes under it."""
+
+    directory: Path
+    version: int
+    probe_tokens: Sequence[Sequence[int]]
+    probe_logprobs: Sequence[Sequence[float]]
+
+
+class Publisher:
+    """Publishes versions and removes old ones.
+
+    Attributes:
+        probes: token sequences that every update is verified with.
+    """
+
+    def __init__(self, recipe: Recipe, run: RunDir, roles: Roles) -> None:
+        self.probes: list[tuple[int, ...]] = []
+        self._settings = recipe.weight_sync
+        self._folder = run.weights
+        self._roles = roles
+
+    async def publish(self, version: int) -> Published:
+        """Let the learner write its weights as `weights/v<version>`."""
+        self._folder.mkdir(exist_ok=True)
+        directory = self._folder / f"v{version:06d}"
+        probes = [list(probe) for probe in self.probes]
+        answer = await self._roles.learner.ask(
+            "publish", directory=str(directory), version=version, probe_tokens=probes
+        )
+        return Published(directory, version, probes, answer["probe_logprobs"])
+
+    async def push(self, published: Published) -> float:
+        """Bring every rollout server to a published version.
+
+        Returns:
+            the largest |server - learner| over the probes, in nats.
+
+        Raises:
+            NumericsError, ServerError: a server does not hold the version.
+        """
+        report = await push_weights(
+            self._roles.rollout,
+            published.directory,
+            published.version,
+            published.probe_tokens,
+            published.probe_logprobs,
+            tolerance_nats=self._settings.verify_tolerance_nats,
+        )
+        self._remove_old(published.version)
+        return report.max_delta
+
+    def _remove_old(self, newest: int) -> None:
+        for path in self._folder.iterdir():
+            number = path.name.removeprefix("v")
+            if number.isdigit() and int(number) <= newest - self._settings.keep_versions:
+                shutil.rmtree(path)

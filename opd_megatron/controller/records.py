@@ -1,0 +1,182 @@
+"""What the controller writes for people: metric rows, ledger lines, coloured rollouts, the summary, the report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from numpy.typing import NDArray
+
+from opd_megatron.atomic import write_json
+from opd_megatron.config.schema import Recipe
+from opd_megatron.controller.ledger import Ledger
+from opd_megatron.data.chat import ChatTokenizer
+from opd_megatron.data.prompts import PromptSet
+from opd_megatron.eval.grading import Grader
+from opd_megatron.observe.coloring import ColoredRollout
+from opd_megatron.observe.jsonl import JsonlWriter, read_rows
+from opd_megatron.observe.writer import MetricsWriter
+from opd_megatron.rundir import RunDir
+from opd_megatron.types import Prompt, Sample
+
+_EVAL = "eval/heldout/"
+
+
+class Records:
+    """The three append-only files of a run; steps after the commit that is gone on from are cut off first."""
+
+    def __init__(self, run: RunDir, attempt: int, committed_step: int) -> None:
+        self.metrics = MetricsWriter(run.metrics, attempt, committed_step)
+        self.ledger = JsonlWriter(run.ledger, committed_step)
+        self.rollouts = JsonlWriter(run.rollouts, committed_step)
+        self._attempt = attempt
+
+    def step(
+        self, step: int, values: Mapping[str, float], prompts: Sequence[tuple[int, Prompt]]
+    ) -> dict[str, Any]:
+        """Write the row of a step and which prompt positions it trained; returns the row."""
+        if prompts:
+            self.ledger.append(
+                {
+                    "step": step,
+                    "attempt": self._attempt,
+                    "positions": [position for position, _ in prompts],
+                    "prompt_ids": [prompt.id for _, prompt in prompts],
+                }
+            )
+        return self.metrics.write(step, values)
+
+    def close(self) -> None:
+        self.metrics.close()
+        self.ledger.close()
+        self.rollouts.close()
+
+
+def rollout_metrics(samples: Sequence[Sample], version: int) -> dict[str, float]:
+    """rollout/* and offpolicy/age_* of a step."""
+    ages = [version - sample.rollout.version_first for sample in samples]
+    lengths = [len(sample.rollout.response_ids) for sample in samples]
+    return {
+        "rollout/len_mean": float(np.mean(lengths)),
+        "rollout/truncated_frac": float(np.mean([s.rollout.truncated for s in samples])),
+        "offpolicy/age_mean": float(np.mean(ages)),
+        "offpolicy/age_max": float(max(ages)),
+    }
+
+
+def speed_metrics(samples: Sequence[Sample], perf: Mapping[str, float]) -> dict[str, float]:
+    """Tokens per second of the three model stages; absent where a stage took no time of its own."""
+    generated = sum(len(s.rollout.response_ids) for s in samples)
+    scored = generated + sum(len(s.rollout.prompt_ids) for s in samples)
+    pairs = {
+        "rollout/tokens_per_s": (generated, perf["perf/rollout_s"]),
+        "teacher/tokens_per_s": (scored, perf["perf/teacher_s"]),
+        "perf/learner_tokens_per_s": (generated, perf["perf/learner_s"]),
+    }
+    return {name: tokens / seconds for name, (tokens, seconds) in pairs.items() if seconds > 0}
+
+
+def ledger_metrics(ledger: Ledger, epoch: int) -> dict[str, float]:
+    """data/* at a step boundary."""
+    return {
+        "data/epoch": epoch,
+        "data/prompts_issued": ledger.issued,
+        "data/prompts_trained": ledger.trained,
+        "data/prompts_rejected": sum(ledger.rejected.values()),
+        "data/prompts_in_flight": len(ledger.in_flight),
+    }
+
+
+def memory_in_use_gib() -> float:
+    """Resident memory of every process of this attempt, pages shared between them counted once (PSS)."""
+    supervisor = psutil.Process().parent()
+    family = [psutil.Process()] if supervisor is None else supervisor.children(recursive=True)
+    total = 0
+    for process in family:
+        try:
+            total += process.memory_full_info().pss
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return total / 2**30
+
+
+def colored_rollout(
+    step: int,
+    index: int,
+    samples: Sequence[Sample],
+    prompt: Prompt,
+    advantages: NDArray[np.float32],
+    weights: NDArray[np.float32],
+    tokenizer: ChatTokenizer,
+    grader: Grader | None,
+) -> ColoredRollout:
+    """Sample `index` of a step batch with the learner's per-token diagnostics (flat, in batch order)."""
+    begin = sum(len(s.rollout.response_ids) for s in samples[:index])
+    rollout = samples[index].rollout
+    cut = slice(begin, begin + len(rollout.response_ids))
+    correct = None
+    if grader is not None and prompt.answer is not None:
+        text = tokenizer.decode_response(rollout.response_ids)
+        correct = grader(prompt.text, text, prompt.answer, not rollout.truncated)
+    return ColoredRollout(
+        step=step,
+        sample_id=rollout.sample_id,
+        prompt=prompt.text,
+        tokens=tuple(tokenizer.decode_token(i) for i in rollout.response_ids),
+        advantages=tuple(float(a) for a in advantages[cut]),
+        weights=tuple(float(w) for w in weights[cut]),
+        correct=correct,
+        finish_reason=rollout.finish_reason,
+    )
+
+
+def run_seconds(rows: Sequence[Mapping[str, Any]], attempt: int, attempt_s: float) -> float:
+    """Wall seconds of the run: this attempt from its start, earlier ones between their first and last row."""
+    earlier: dict[int, list[float]] = {}
+    for row in rows:
+        if row["attempt"] != attempt:
+            earlier.setdefault(row["attempt"], []).append(row["time_s"])
+    return attempt_s + sum(max(times) - min(times) for times in earlier.values())
+
+
+def summarize(
+    recipe: Recipe, run: RunDir, ledger: Ledger, train: PromptSet, attempt: int, attempt_s: float
+) -> dict[str, Any]:
+    """Content of summary.json. A figure that was not measured is null."""
+    rows = read_rows(run.metrics)
+    evaluated = [row for row in rows if f"{_EVAL}accuracy" in row]
+    first, last = (evaluated[0], evaluated[-1]) if evaluated else ({}, {})
+    peaks = [row["memory/peak_rss_gib"] for row in rows if "memory/peak_rss_gib" in row]
+    return {
+        "recipe": recipe.name,
+        "seed": recipe.seed,
+        "steps": recipe.steps,
+        "wall_s": round(run_seconds(rows, attempt, attempt_s), 1),
+        "accuracy_before": first.get(f"{_EVAL}accuracy"),
+        "accuracy_after": last.get(f"{_EVAL}accuracy"),
+        "teacher_accuracy": first.get(f"{_EVAL}teacher_accuracy"),
+        "kl_before": first.get(f"{_EVAL}kl_reverse"),
+        "kl_after": last.get(f"{_EVAL}kl_reverse"),
+        "truncated_frac_before": first.get(f"{_EVAL}truncated_frac"),
+        "truncated_frac_after": last.get(f"{_EVAL}truncated_frac"),
+        "attempts": attempt,
+        "peak_memory_gib": max(peaks) if peaks else None,
+        "prompts": {
+            "issued": ledger.issued,
+            "trained": ledger.trained,
+            "rejected": dict(ledger.rejected),
+            "in_flight": len(ledger.in_flight),
+        },
+        "data_rows": {
+            "usable": len(train),
+            "rejected": train.rejected,
+            "rejected_examples": list(train.rejected_examples),
+        },
+    }
+
+
+def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
+    write_json(path, dict(summary))

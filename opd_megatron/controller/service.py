@@ -1,0 +1,307 @@
+"""The controller's shell: does what the core asks for, with real servers, the real learner and real files.
+
+Every action runs as a task; its event goes into one queue; the core is fed from that queue by one loop, so it needs
+no locks. An error that is not about one prompt ends the run: it propagates out of `run`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.numpy import load_file
+
+from opd_megatron.config.schema import Recipe
+from opd_megatron.controller import commit, protocol, records
+from opd_megatron.controller.core import Core
+from opd_megatron.controller.evaluation import Evaluator
+from opd_megatron.controller.generation import generate_group, sampling_of
+from opd_megatron.controller.publishing import Publisher
+from opd_megatron.controller.roles import Roles
+from opd_megatron.controller.stopwatch import Stopwatch
+from opd_megatron.data.chat import ChatTokenizer
+from opd_megatron.data.order import PromptOrder
+from opd_megatron.data.prompts import PromptSet
+from opd_megatron.errors import ContractError, NumericsError, OpdError, RequestRefused, RoleDied
+from opd_megatron.exchange.batch_file import write_batch
+from opd_megatron.observe.console import RunConsole
+from opd_megatron.observe.waiting import WaitNotice
+from opd_megatron.rundir import AttemptDir, RunDir
+from opd_megatron.teacher.scoring import score_rollouts
+from opd_megatron.types import Prompt, Sample
+
+Work = Callable[[Any], Awaitable[protocol.Event]]
+_MEMORY_EVERY = 10  # steps; reading every process's memory map costs tens of milliseconds
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a run consists of; made once by `main`."""
+
+    recipe: Recipe
+    run: RunDir
+    attempt: AttemptDir
+    roles: Roles
+    tokenizer: ChatTokenizer
+    train: PromptSet
+    evaluator: Evaluator | None
+    publisher: Publisher
+    records: records.Records
+    console: RunConsole
+    fingerprint: dict[str, object]
+
+
+class Service:
+    """Runs one attempt from `Started` to `Finish`."""
+
+    def __init__(self, context: Context, core: Core) -> None:
+        self.context = context
+        self.core = core
+        self._events: asyncio.Queue[protocol.Event | BaseException] = asyncio.Queue()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._sampling = sampling_of(context.recipe.rollout)
+        self._watch: Stopwatch | None = None
+        self._samples: tuple[Sample, ...] = ()
+        self._checkpoint_s = 0.0
+        self._perf: dict[str, float] = {}
+        self._latencies: list[float] = []
+        recipe, train = context.recipe, context.train
+        self._order = PromptOrder(train.content_hash, recipe.seed, len(train), recipe.data.shuffle)
+
+    async def run(self) -> None:
+        """Feed the core until it finishes.
+
+        Raises:
+            OpdError: whatever ended the run early.
+        """
+        try:
+            event: protocol.Event | BaseException = protocol.Started()
+            while not self._do(self.core.on(event)):
+                async with WaitNotice(
+                    f"step {self.core.step + 1}", self._pending, self.context.console.say
+                ):
+                    event = await self._events.get()
+                if isinstance(event, BaseException):
+                    raise event
+        finally:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _pending(self) -> str:
+        names = sorted({task.get_name() for task in self._tasks})
+        return ", ".join(names) or "nothing"
+
+    def _prompt(self, position: int) -> Prompt:
+        return self.context.train.prompts[self._order.index_at(position)[1]]
+
+    def _do(self, actions: list[protocol.Action]) -> bool:
+        """Start every action; True when the run is over."""
+        for action in actions:
+            match action:
+                case protocol.RecordStep():
+                    self._record(action)
+                case protocol.Finish():
+                    return True
+                case protocol.Abort(message, retryable):
+                    raise RoleDied(message) if retryable else NumericsError(message)
+                case _:
+                    self._start(action)
+        return False
+
+    def _start(self, action: protocol.Action) -> None:
+        work = {
+            protocol.Generate: ("rollout servers", self._generate),
+            protocol.Score: ("teacher servers", self._score),
+            protocol.Train: ("learner (train)", self._train),
+            protocol.SyncWeights: ("learner (publish) and rollout servers", self._sync),
+            protocol.Evaluate: ("evaluation", self._evaluate),
+            protocol.Save: ("learner (save)", self._save),
+        }
+        name, function = work[type(action)]
+        if isinstance(action, protocol.Generate) and self._watch is None:
+            self._watch = Stopwatch()
+        task = asyncio.create_task(self._report(function, action), name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _report(self, function: Work, action: protocol.Action) -> None:
+        try:
+            event = await function(action)
+        except OpdError as error:
+            event = error
+        except Exception as error:
+            error.add_note(f"while doing {type(action).__name__}")
+            event = error
+        await self._events.put(event)
+
+    def _stopwatch(self) -> Stopwatch:
+        assert self._watch is not None, "a step is under way"
+        return self._watch
+
+    # ------------------------------------------------------------ one group
+
+    async def _generate(self, action: protocol.Generate) -> protocol.Event:
+        position, attempt = action.position, action.attempt
+        prompt = self._prompt(position)
+        epoch = self._order.index_at(position)[0]
+        count = self.context.recipe.batch.rollouts_per_prompt
+        try:
+            with self._stopwatch().stage("rollout"):
+                rollouts = await generate_group(
+                    self.context.roles.rollout_client(position),
+                    prompt,
+                    self._sampling,
+                    [f"{prompt.id}@{epoch}#{k}" for k in range(count)],
+                    attempt,
+                )
+        except RequestRefused as error:
+            return protocol.PromptFailed(position, attempt, "refused", str(error))
+        except ContractError as error:
+            return protocol.PromptFailed(position, attempt, "contract", str(error))
+        return protocol.Generated(position, attempt, rollouts)
+
+    async def _score(self, action: protocol.Score) -> protocol.Event:
+        position, attempt, rollouts = action.position, action.attempt, action.rollouts
+        teacher = self._prompt(position).teacher or next(iter(self.context.recipe.teachers))
+        try:
+            with self._stopwatch().stage("teacher"):
+                scores = await score_rollouts(
+                    self.context.roles.teachers, rollouts, [teacher] * len(rollouts)
+                )
+        except RequestRefused as error:
+            return protocol.PromptFailed(position, attempt, "refused", str(error))
+        except ContractError as error:
+            return protocol.PromptFailed(position, attempt, "contract", str(error))
+        samples = tuple(Sample(r, s) for r, s in zip(rollouts, scores, strict=True))
+        return protocol.Scored(position, attempt, samples)
+
+    # ------------------------------------------------------------ the step
+
+    async def _train(self, action: protocol.Train) -> protocol.Event:
+        batch = self.context.attempt.batches / f"step_{action.step:06d}.safetensors"
+        write_batch(batch, action.step, action.version, action.samples)
+        answer = await self.context.roles.learner.ask(
+            "train",
+            batch=str(batch),
+            out=str(diagnostics_path(batch)),
+            max_staleness=self.context.recipe.max_staleness,
+        )
+        end = time.monotonic()
+        timings = answer["timings"]
+        worked = timings["forward_backward_s"] + timings["optimizer_s"]
+        self._stopwatch().add("learner", end - worked, end)
+        self._samples = action.samples
+        if not answer["applied"]:
+            self.context.console.say(
+                f"step {action.step} not applied: {answer['why_not_applied']}; its batch is kept at {batch}"
+            )
+            self._watch = None
+        return protocol.Trained(
+            action.step, answer["applied"], answer["why_not_applied"], answer["metrics"]
+        )
+
+    async def _sync(self, action: protocol.SyncWeights) -> protocol.Event:
+        watch = self._stopwatch()
+        with watch.stage("publish"):
+            published = await self.context.publisher.publish(action.version)
+        with watch.stage("sync"):
+            await self.context.publisher.push(published)
+        return protocol.Synced(action.version)
+
+    async def _evaluate(self, action: protocol.Evaluate) -> protocol.Event:
+        self._end_step()
+        if self.context.evaluator is None:
+            return protocol.Evaluated(action.step)
+        begin = time.monotonic()
+        metrics = await self.context.evaluator.evaluate(with_teacher=action.step == 0)
+        return protocol.Evaluated(
+            action.step, {**metrics, "perf/eval_s": time.monotonic() - begin}
+        )
+
+    async def _save(self, action: protocol.Save) -> protocol.Event:
+        begin = time.monotonic()
+        root = self.context.run.checkpoints
+        temporary = await asyncio.to_thread(commit.begin, root, action.step)
+        await self.context.roles.learner.ask("save", directory=str(temporary / commit.MODEL))
+        await asyncio.to_thread(
+            commit.finish,
+            root,
+            action.step,
+            action.state,
+            self.context.fingerprint,
+            self.context.recipe.checkpoint.keep,
+        )
+        self._checkpoint_s = time.monotonic() - begin
+        return protocol.Saved(action.step)
+
+    # ------------------------------------------------------------ what is written
+
+    def _end_step(self) -> None:
+        """Stop the step's clock; evaluation and records are not part of the step."""
+        if self._watch is not None:
+            self._perf = self._watch.metrics()
+            self._latencies = sorted(self._watch.durations("teacher"))
+            self._watch = None
+
+    def _record(self, action: protocol.RecordStep) -> None:
+        context, step = self.context, action.step
+        self._end_step()
+        metrics = dict(action.metrics)
+        trained = [(position, self._prompt(position)) for position in action.positions]
+        if trained:
+            metrics |= self._perf | records.rollout_metrics(self._samples, step - 1)
+            metrics |= records.speed_metrics(self._samples, self._perf)
+            metrics["teacher/latency_p95_s"] = self._latencies[int(0.95 * (len(self._latencies) - 1))]
+        if self._checkpoint_s:
+            metrics["perf/checkpoint_s"], self._checkpoint_s = self._checkpoint_s, 0.0
+        epoch = self._order.index_at(max(0, self.core.ledger.issued - 1))[0]
+        metrics |= records.ledger_metrics(self.core.ledger, epoch)
+        if step % _MEMORY_EVERY == 0:
+            metrics["memory/peak_rss_gib"] = records.memory_in_use_gib()
+        row = context.records.step(step, metrics, trained)
+        context.console.step(row)
+        if trained:
+            self._show_rollouts(step, {prompt.id: prompt for _, prompt in trained})
+            self._discard_batches(step)
+
+    def _show_rollouts(self, step: int, prompts: dict[str, Prompt]) -> None:
+        observe, recipe = self.context.recipe.observe, self.context.recipe
+        show = observe.show_rollout_every > 0 and step % observe.show_rollout_every == 0
+        first_steps = step <= max(1, observe.report_rollouts // 2)
+        keep = first_steps or step > recipe.steps - max(1, observe.report_rollouts // 2)
+        if not (show or (keep and observe.report_rollouts > 0)):
+            return
+        batch = self.context.attempt.batches / f"step_{step:06d}.safetensors"
+        tokens = load_file(diagnostics_path(batch))
+        # A different group each time, always its first sample: no choosing of pretty ones.
+        count = recipe.batch.rollouts_per_prompt
+        index = (step * count) % len(self._samples) // count * count
+        colored = records.colored_rollout(
+            step,
+            index,
+            self._samples,
+            prompts[self._samples[index].rollout.prompt_id],
+            tokens["advantages"],
+            tokens["weights"],
+            self.context.tokenizer,
+            self.context.evaluator.grader if self.context.evaluator else None,
+        )
+        self.context.records.rollouts.append(colored.to_record())
+        if show:
+            self.context.console.rollout(colored)
+
+    def _discard_batches(self, step: int) -> None:
+        """Batches of trained steps have served; those of steps that were not applied stay for inspection."""
+        batch = self.context.attempt.batches / f"step_{step:06d}.safetensors"
+        batch.unlink(missing_ok=True)
+        diagnostics_path(batch).unlink(missing_ok=True)
+
+
+def diagnostics_path(batch: Path) -> Path:
+    """Where the learner writes the per-token results of a batch."""
+    return batch.with_suffix(".tokens.safetensors")

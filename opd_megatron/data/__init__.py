@@ -1,0 +1,1 @@
+"""Prompts: reading and refusing rows, chat templates, deterministic order, packing."""

@@ -1,0 +1,58 @@
+"""The order of prompts: a pure function of (content hash, seed, epoch).
+
+Position `p` of the endless stream is prompt `permutation(p // size)[p % size]`. So a resumed run
+needs only the position, and two runs of the same data and seed see the same prompts on every
+machine.
+
+The permutation is our own Fisher-Yates over integers from SHAKE-256. `random.shuffle` and numpy's
+generators promise no stable sequence between versions; a hash does. Drawing 64 bits modulo at most
+`size` is biased by `size / 2**64`, which no training can notice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+
+_BYTES_PER_DRAW = 8
+
+
+def permutation(content_hash: str, seed: int, epoch: int, size: int) -> list[int]:
+    """The order of one epoch: each of `0..size-1` once."""
+    order = list(range(size))
+    key = f"{content_hash}:{seed}:{epoch}".encode()
+    draws = struct.unpack(f"<{size}Q", hashlib.shake_256(key).digest(_BYTES_PER_DRAW * size))
+    for last in range(size - 1, 0, -1):
+        other = draws[last] % (last + 1)
+        order[last], order[other] = order[other], order[last]
+    return order
+
+
+class PromptOrder:
+    """Maps positions of the endless stream of prompts to `(epoch, index)`.
+
+    Args:
+        content_hash: of the prompt set.
+        seed: the run's seed.
+        size: number of prompts, at least 1.
+        shuffle: False keeps file order in every epoch.
+    """
+
+    def __init__(self, content_hash: str, seed: int, size: int, shuffle: bool) -> None:
+        assert size > 0, "a prompt set is never empty"
+        self._content_hash = content_hash
+        self._seed = seed
+        self._size = size
+        self._shuffle = shuffle
+        self._cached_epoch = -1
+        self._cached_order: list[int] = []
+
+    def index_at(self, position: int) -> tuple[int, int]:
+        """`(epoch, index into the prompt set)` of `position >= 0`. One epoch is kept in memory."""
+        epoch, offset = divmod(position, self._size)
+        if not self._shuffle:
+            return epoch, offset
+        if epoch != self._cached_epoch:
+            self._cached_order = permutation(self._content_hash, self._seed, epoch, self._size)
+            self._cached_epoch = epoch
+        return epoch, self._cached_order[offset]

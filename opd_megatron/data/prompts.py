@@ -1,0 +1,103 @@
+"""Checked rows to a `PromptSet`: encoded with the student's chat template, one hash for all.
+
+    scan_rows(path, ...)       no tokenizer    -> RowScan     (rows.py)
+    encode_prompts(scan, ...)  the student's   -> PromptSet
+
+The content hash covers what training sees (ids, token ids, answers, teachers, in order). A resumed
+run compares it, so data edited since the commit, or a changed tokenizer, is refused instead of
+silently trained on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from opd_megatron.config.schema import DataConfig
+from opd_megatron.data.chat import ChatTokenizer
+from opd_megatron.data.rows import BadRow, Row, RowScan, scan_rows
+from opd_megatron.types import Prompt
+
+__all__ = ["PromptSet", "encode_prompts", "load_prompts", "scan_rows"]
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Usable prompts in file order. `rejected` counts the other rows by reason."""
+
+    prompts: tuple[Prompt, ...]
+    rejected: dict[str, int]
+    rejected_examples: tuple[str, ...]
+    content_hash: str
+    path: Path
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+def encode_prompts(scan: RowScan, tokenizer: ChatTokenizer, config: DataConfig) -> PromptSet:
+    """Encode every row; rows that the tokenizer refuses or that are too long join the refused ones.
+
+    Raises:
+        DataError: more refused rows, together with those of the scan, than
+            `data.max_bad_rows_frac`.
+    """
+    rejections = scan.rejections.copy()
+    prompts: list[Prompt] = []
+    for row in scan.rows:
+        try:
+            prompts.append(_encode_row(row, tokenizer, config.max_prompt_tokens))
+        except BadRow as error:
+            rejections.add(row.source, error)
+    rejections.check_budget(scan.key, scan.path, scan.num_rows, config.max_bad_rows_frac)
+    return PromptSet(
+        prompts=tuple(prompts),
+        rejected=dict(rejections.by_reason),
+        rejected_examples=tuple(rejections.examples),
+        content_hash=_content_hash(prompts),
+        path=scan.path,
+    )
+
+
+def load_prompts(
+    path: Path,
+    config: DataConfig,
+    teachers: Collection[str],
+    tokenizer: ChatTokenizer,
+    key: str = "data.train",
+) -> PromptSet:
+    """Both passes. See `scan_rows` and `encode_prompts` for arguments and errors."""
+    return encode_prompts(scan_rows(path, config, teachers, key), tokenizer, config)
+
+
+def _encode_row(row: Row, tokenizer: ChatTokenizer, max_prompt_tokens: int) -> Prompt:
+    messages = row.prompt
+    if isinstance(messages, str):
+        messages = ({"role": "user", "content": messages},)
+    try:
+        token_ids = tokenizer.encode_messages(messages)
+    except ValueError as error:
+        raise BadRow("not_encodable", str(error)) from error
+    if len(token_ids) > max_prompt_tokens:
+        raise BadRow(
+            "over_long", f"{len(token_ids)} tokens, data.max_prompt_tokens={max_prompt_tokens}"
+        )
+    return Prompt(
+        id=row.id,
+        token_ids=token_ids,
+        text=messages[-1]["content"],
+        answer=row.answer,
+        teacher=row.teacher,
+        source=row.source,
+    )
+
+
+def _content_hash(prompts: list[Prompt]) -> str:
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        record = [prompt.id, prompt.token_ids, prompt.answer, prompt.teacher]
+        digest.update(json.dumps(record).encode() + b"\n")
+    return digest.hexdigest()

@@ -1,0 +1,74 @@
+"""Errors a user can meet, and the exit codes they end a run with.
+
+Exit codes follow sysexits.h: 0 done, 75 a retry helps, 78 configuration or data must change first.
+Everything else (an uncaught exception, exit code 1) is a defect of this project.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+EXIT_DONE = 0
+EXIT_RETRY = 75
+EXIT_CONFIG = 78
+EXIT_INTERRUPTED = 130
+
+
+class OpdError(Exception):
+    """Base of every error this project raises on purpose.
+
+    Attributes:
+        exit_code: the code a process ends with when this error reaches its main function.
+    """
+
+    exit_code = EXIT_RETRY
+
+
+class ConfigError(OpdError, ValueError):
+    """Something a user can fix in a recipe, an override, a model directory or the environment."""
+
+    exit_code = EXIT_CONFIG
+
+    @classmethod
+    def of(cls, key: str, value: object, rule: str, fix: str) -> ConfigError:
+        """The four-part message: key, value seen, rule, fix."""
+        return cls(f"{key}={value!r}: {rule}; {fix}")
+
+
+class DataError(ConfigError):
+    """Prompt data that cannot be used: unreadable file, too many bad rows, edited since the commit."""
+
+
+class ContractError(OpdError):
+    """A server answered something that breaks the response contract; nothing of it is used."""
+
+
+class ServerError(OpdError):
+    """A server refused, timed out or could not be reached after the retry budget."""
+
+
+class RequestRefused(ServerError):
+    """A server called one request wrong (400, 413, 422): repeating it can not help, other requests can."""
+
+
+class RoleDied(OpdError):
+    """A process of the run ended when it should not have."""
+
+
+class NumericsError(OpdError):
+    """Log-probs of two engines, or a loss, are not what they must be; retrying will not help."""
+
+    exit_code = EXIT_CONFIG
+
+
+class CheckpointError(OpdError):
+    """A commit is missing, damaged or was made by a different configuration."""
+
+    exit_code = EXIT_CONFIG
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return `", did you mean 'x'?"` for the closest known name, or an empty string."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f", did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,1 @@
+"""Held-out evaluation: graders, mean@n accuracy, the exact KL to the teacher."""

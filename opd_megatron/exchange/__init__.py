@@ -1,0 +1,1 @@
+"""How the controller and the learner talk: a mailbox of JSON commands and step batches as safetensors files."""

@@ -1,0 +1,1 @@
+from opd_megatron.atomic import *  # noqa: F403

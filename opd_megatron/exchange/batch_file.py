@@ -1,0 +1,192 @@
+"""A step batch on disk: flat arrays in one safetensors file, so that a rank can map just its own samples.
+
+    sample_offsets  [N + 1] int64     tokens of sample i are tokens[sample_offsets[i]:sample_offsets[i + 1]]
+    prompt_lengths  [N]     int32     of these, the first prompt_lengths[i] are the prompt
+    tokens          [sum(P + L)] int32
+    response_offsets [N + 1] int64    the per-response-token arrays below are cut with these
+    behavior_logprobs, teacher_logprobs  [sum L] float32
+    topk_ids [sum L, K] int32, topk_logprobs [sum L, K] float32    only when the objective needs a support
+    versions        [N, 2] int64      weight version of the first and the last token
+
+Metadata: `step`, `weight_version`, `sample_ids` (JSON), `teachers` (JSON), `format`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.numpy import save
+
+from opd_megatron.atomic import write_bytes
+from opd_megatron.errors import ContractError
+from opd_megatron.types import Sample
+
+FORMAT = "opd-step-batch-1"
+
+_SLICED_DTYPES: dict[str, type] = {
+    "tokens": np.int32,
+    "behavior_logprobs": np.float32,
+    "teacher_logprobs": np.float32,
+    "topk_ids": np.int32,
+    "topk_logprobs": np.float32,
+}
+
+
+@dataclass(frozen=True)
+class BatchSlice:
+    """Samples `indices` of a batch, as ragged lists of arrays. `num_samples` counts the whole batch."""
+
+    step: int
+    weight_version: int
+    num_samples: int
+    indices: tuple[int, ...]
+    sample_ids: tuple[str, ...]
+    tokens: tuple[NDArray[np.int32], ...]  # each [P + L]
+    prompt_lengths: tuple[int, ...]
+    behavior_logprobs: tuple[NDArray[np.float32], ...]  # each [L]
+    teacher_logprobs: tuple[NDArray[np.float32], ...]  # each [L]
+    topk_ids: tuple[NDArray[np.int32], ...] | None  # each [L, K]
+    topk_logprobs: tuple[NDArray[np.float32], ...] | None
+    versions: NDArray[np.int64]  # [n, 2]
+
+
+@dataclass(frozen=True)
+class BatchIndex:
+    """Sizes and versions of every sample, without any token: what each rank needs to plan the packing."""
+
+    step: int
+    weight_version: int
+    sample_ids: tuple[str, ...]
+    sample_offsets: NDArray[np.int64]  # [N + 1]
+    prompt_lengths: NDArray[np.int64]  # [N]
+    response_offsets: NDArray[np.int64]  # [N + 1]
+    versions: NDArray[np.int64]  # [N, 2]
+
+    @property
+    def num_response_tokens(self) -> int:
+        return int(self.response_offsets[-1])
+
+
+def _offsets(lengths: Sequence[int]) -> NDArray[np.int64]:
+    return np.concatenate([[0], np.cumsum(np.asarray(lengths, dtype=np.int64))]).astype(np.int64)
+
+
+def write_batch(path: Path, step: int, weight_version: int, samples: Sequence[Sample]) -> None:
+    """Write a step batch atomically.
+
+    Raises:
+        ContractError: arrays of a sample disagree in length, or only some samples carry a top-K.
+    """
+    for sample in samples:
+        length = len(sample.rollout.response_ids)
+        for name, array in (
+            ("behavior_logprobs", sample.rollout.behavior_logprobs),
+            ("sampled_logprobs", sample.scores.sampled_logprobs),
+        ):
+            if len(array) != length:
+                raise ContractError(
+                    f"sample {sample.rollout.sample_id}: {name} has {len(array)} entries for "
+                    f"{length} response tokens"
+                )
+    with_topk = [s.scores.topk_ids is not None for s in samples]
+    if any(with_topk) and not all(with_topk):
+        raise ContractError("some samples of the step batch carry teacher top-K and some do not")
+
+    def flat(arrays: list[NDArray], dtype: type) -> NDArray:
+        return np.concatenate(arrays).astype(dtype) if arrays else np.zeros(0, dtype)
+
+    tokens = [np.asarray(s.rollout.prompt_ids + s.rollout.response_ids) for s in samples]
+    arrays: dict[str, NDArray] = {
+        "sample_offsets": _offsets([len(t) for t in tokens]),
+        "prompt_lengths": np.asarray([len(s.rollout.prompt_ids) for s in samples], dtype=np.int32),
+        "tokens": flat(tokens, np.int32),
+        "response_offsets": _offsets([len(s.rollout.response_ids) for s in samples]),
+        "behavior_logprobs": flat([s.rollout.behavior_logprobs for s in samples], np.float32),
+        "teacher_logprobs": flat([s.scores.sampled_logprobs for s in samples], np.float32),
+        "versions": np.asarray(
+            [[s.rollout.version_first, s.rollout.version_last] for s in samples], dtype=np.int64
+        ).reshape(-1, 2),
+    }
+    if samples and all(with_topk):
+        arrays["topk_ids"] = flat([s.scores.topk_ids for s in samples], np.int32)  # type: ignore[misc]
+        arrays["topk_logprobs"] = flat([s.scores.topk_logprobs for s in samples], np.float32)  # type: ignore[misc]
+    metadata = {
+        "format": FORMAT,
+        "step": str(step),
+        "weight_version": str(weight_version),
+        "sample_ids": json.dumps([s.rollout.sample_id for s in samples]),
+        "teachers": json.dumps([s.scores.teacher for s in samples]),
+    }
+    write_bytes(path, save(arrays, metadata), durable=False)
+
+
+def _checked_metadata(path: Path, file: Any) -> dict[str, str]:
+    metadata = file.metadata() or {}
+    if metadata.get("format") != FORMAT:
+        raise ContractError(f"{path}: format {metadata.get('format')!r} is not {FORMAT!r}")
+    return metadata
+
+
+def read_index(path: Path) -> BatchIndex:
+    """Read the offsets and versions of a batch.
+
+    Raises:
+        ContractError: not a step batch of this format.
+    """
+    with safe_open(path, framework="np") as file:
+        metadata = _checked_metadata(path, file)
+        return BatchIndex(
+            step=int(metadata["step"]),
+            weight_version=int(metadata["weight_version"]),
+            sample_ids=tuple(json.loads(metadata["sample_ids"])),
+            sample_offsets=file.get_tensor("sample_offsets"),
+            prompt_lengths=file.get_tensor("prompt_lengths").astype(np.int64),
+            response_offsets=file.get_tensor("response_offsets"),
+            versions=file.get_tensor("versions"),
+        )
+
+
+def read_batch(path: Path, indices: Sequence[int] | None = None) -> BatchSlice:
+    """Read the samples `indices` (None: all); other samples' token data is not read.
+
+    Raises:
+        ContractError: not a step batch of this format.
+    """
+    with safe_open(path, framework="np") as file:
+        metadata = _checked_metadata(path, file)
+        sample_offsets = file.get_tensor("sample_offsets")
+        response_offsets = file.get_tensor("response_offsets")
+        prompt_lengths = file.get_tensor("prompt_lengths")
+        versions = file.get_tensor("versions")
+        sample_ids = json.loads(metadata["sample_ids"])
+        chosen = tuple(range(len(sample_ids)) if indices is None else indices)
+        keys = set(file.keys())
+
+        def cut(name: str, offsets: NDArray[np.int64]) -> tuple[NDArray, ...]:
+            source = file.get_slice(name)
+            # safetensors refuses an empty slice at the end of an array.
+            empty = np.zeros((0, *source.get_shape()[1:]), _SLICED_DTYPES[name])
+            borders = [(int(offsets[i]), int(offsets[i + 1])) for i in chosen]
+            return tuple(source[a:b] if a < b else empty for a, b in borders)
+
+        return BatchSlice(
+            step=int(metadata["step"]),
+            weight_version=int(metadata["weight_version"]),
+            num_samples=len(sample_ids),
+            indices=chosen,
+            sample_ids=tuple(sample_ids[i] for i in chosen),
+            tokens=cut("tokens", sample_offsets),
+            prompt_lengths=tuple(int(prompt_lengths[i]) for i in chosen),
+            behavior_logprobs=cut("behavior_logprobs", response_offsets),
+            teacher_logprobs=cut("teacher_logprobs", response_offsets),
+            topk_ids=cut("topk_ids", response_offsets) if "topk_ids" in keys else None,
+            topk_logprobs=cut("topk_logprobs", response_offsets) if "topk_logprobs" in keys else None,
+            versions=versions[list(chosen)].reshape(-1, 2),
+        )

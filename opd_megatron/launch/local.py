@@ -1,0 +1,167 @@
+"""`opd run`: all roles of a run on this machine, from a resolved recipe to an exit code."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from opd_megatron.atomic import write_json
+from opd_megatron.config.rules import check
+from opd_megatron.config.run_yaml import read_run_mapping, write_run_yaml
+from opd_megatron.config.schema import Recipe
+from opd_megatron.errors import (
+    EXIT_CONFIG,
+    EXIT_DONE,
+    EXIT_INTERRUPTED,
+    EXIT_RETRY,
+    ConfigError,
+    RoleDied,
+)
+from opd_megatron.launch import lock
+from opd_megatron.launch.ports import PortReservations
+from opd_megatron.launch.preflight import check_inputs
+from opd_megatron.launch.roles import (
+    controller_role,
+    learner_role,
+    place_servers,
+    server_role,
+    write_endpoints,
+)
+from opd_megatron.launch.supervisor import Interrupted, Supervisor, describe_exit, kill_attempt, tail
+from opd_megatron.observe.environment import describe_environment
+from opd_megatron.rundir import RunDir
+from opd_megatron.serving.keys import new_keys, write_keys
+
+Say = Callable[[str], None]
+
+
+def prepare_run_dir(
+    run: RunDir, recipe: Recipe, recipe_file: Path, overrides: Sequence[str], resume: bool
+) -> None:
+    """Create the run directory, or check that it may be gone on with.
+
+    Raises:
+        ConfigError: it exists and --resume was not given, or --resume was given and there is no run.
+    """
+    if resume:
+        read_run_mapping(run.run_yaml)
+    elif run.run_yaml.exists():
+        raise ConfigError.of(
+            "--run-dir", str(run.root), "holds a run already", "add --resume, or choose another directory"
+        )
+    run.root.mkdir(parents=True, exist_ok=True)
+    write_run_yaml(run.run_yaml, recipe, recipe_file, overrides)
+    write_json(run.environment, describe_environment())
+
+
+def run_local(
+    recipe: Recipe,
+    recipe_file: Path,
+    overrides: Sequence[str],
+    run: RunDir,
+    resume: bool,
+    say: Say,
+) -> int:
+    """Run a recipe here.
+
+    Returns:
+        the exit code of the controller, or 130 after Ctrl-C.
+
+    Raises:
+        ConfigError: bad recipe, inputs or run directory; nothing was started.
+        RoleDied: a process died; the message names it.
+    """
+    hint = f"go on with: opd run {recipe.name} --run-dir {run.root} --resume"
+    with _claimed(recipe, recipe_file, overrides, run, resume, say) as attempt:
+        try:
+            code = _supervise(recipe, run, attempt, "opd_megatron.controller.main", True, say)
+        except Interrupted as interruption:
+            say(f"{interruption}: everything stopped; {hint}")
+            return EXIT_INTERRUPTED
+        except RoleDied as error:
+            raise RoleDied(f"{error}\n{hint}") from error
+        if code == EXIT_RETRY:
+            say(hint)
+        return code
+
+
+def evaluate_local(
+    recipe: Recipe, recipe_file: Path, overrides: Sequence[str], run: RunDir, say: Say
+) -> int:
+    """Evaluate the recipe's student here: servers only, no learner. Returns and raises as `run_local`."""
+    if not recipe.data.heldout:
+        raise ConfigError.of("data.heldout", "", "evaluation needs held-out prompts", "set data.heldout=FILE")
+    with _claimed(recipe, recipe_file, overrides, run, False, say) as attempt:
+        try:
+            module = "opd_megatron.controller.evaluate_main"
+            return _supervise(recipe, run, attempt, module, False, say)
+        except Interrupted as interruption:
+            say(f"{interruption}: everything stopped")
+            return EXIT_INTERRUPTED
+
+
+@contextmanager
+def _claimed(
+    recipe: Recipe,
+    recipe_file: Path,
+    overrides: Sequence[str],
+    run: RunDir,
+    resume: bool,
+    say: Say,
+) -> Iterator[int]:
+    """Check everything, take the run directory, end what a killed attempt left, and number a new attempt."""
+    check(recipe)
+    check_inputs(recipe)
+    run.root.mkdir(parents=True, exist_ok=True)
+    with lock.hold(run.lock):
+        prepare_run_dir(run, recipe, recipe_file, overrides, resume)
+        for number in run.attempts():
+            identity = run.attempt(number).identity
+            killed = kill_attempt(identity.read_text()) if identity.exists() else []
+            if killed:
+                say(f"ended {len(killed)} processes that attempt {number} had left behind")
+        yield _new_attempt(run)
+
+
+def _new_attempt(run: RunDir) -> int:
+    number = (run.attempts() or [0])[-1] + 1
+    attempt = run.attempt(number)
+    for folder in (attempt.root, attempt.mailbox, attempt.batches):
+        folder.mkdir(parents=True, mode=0o700)
+    attempt.identity.write_text(uuid.uuid4().hex)
+    write_keys(attempt.keys, new_keys())
+    logs = run.logs / f"attempt_{number}"
+    logs.mkdir(parents=True, exist_ok=True)
+    temporary = run.logs / f".latest.{os.getpid()}"
+    temporary.symlink_to(logs.name)
+    temporary.replace(run.logs / "latest")
+    return number
+
+
+def _supervise(
+    recipe: Recipe, run: RunDir, attempt: int, controller: str, with_learner: bool, say: Say
+) -> int:
+    identity = run.attempt(attempt).identity.read_text()
+    with PortReservations() as ports, Supervisor(identity) as supervisor:
+        placed = place_servers(recipe, ports)
+        write_endpoints(run.attempt(attempt).endpoints, placed)
+        servers = [server for group in placed.values() for server in group]
+        names = [server.role for server in servers]
+        if with_learner:
+            names.append(f"learner ({recipe.learner.world_size} ranks)")
+            # The learner first: its world is the slowest to come up.
+            supervisor.start(learner_role(recipe, run, attempt))
+        say(f"starting {', '.join(names)}")
+        for number, server in enumerate(servers):
+            supervisor.start(server_role(server, recipe, run, attempt, number))
+        supervisor.start(controller_role(run, attempt, controller))
+        code = supervisor.watch("controller")
+        if code not in (EXIT_DONE, EXIT_RETRY, EXIT_CONFIG):
+            log = supervisor.log_of("controller")
+            raise RoleDied(
+                f"controller ended with {describe_exit(code)}; the end of its log ({log}):\n{tail(log)}"
+            )
+        return code

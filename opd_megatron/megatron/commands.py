@@ -1,0 +1,154 @@
+"""What each mailbox command does. Every rank runs the same function; rank 0's result is sent.
+
+load    weights from a Hugging Face directory (fresh optimizer) or from a checkpoint
+score   log-probs and entropies of a batch, written to a file
+train   one optimizer step on a batch; per-token values written to a file
+publish a Hugging Face directory of the weights, and probe log-probs
+save    a checkpoint into an empty directory
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.torch import save as to_safetensors
+
+from opd_megatron.atomic import write_bytes
+from opd_megatron.errors import ContractError
+from opd_megatron.exchange.batch_file import BatchIndex, BatchSlice, read_batch, read_index
+from opd_megatron.megatron import checkpoint
+from opd_megatron.megatron.publish import publish
+from opd_megatron.megatron.state import LearnerState
+from opd_megatron.megatron.step import check_staleness, score, train
+
+Command = dict[str, Any]
+Result = dict[str, Any]
+
+
+def _write_values(path: Path, values: dict[str, torch.Tensor]) -> None:
+    if dist.get_rank() == 0:
+        write_bytes(path, to_safetensors(values), durable=False)
+
+
+def _reader(path: Path) -> Callable[[Sequence[int]], BatchSlice]:
+    return lambda samples: read_batch(path, samples)
+
+
+def load(state: LearnerState, command: Command) -> Result:
+    path = Path(command["path"])
+    if command["source"] == "hf":
+        state.load_hf(path)
+    elif command["source"] == "commit":
+        checkpoint.load(state, path)
+    else:
+        raise ContractError(f"load: source {command['source']!r} is neither 'hf' nor 'commit'")
+    return {"parameters": state.num_parameters, "optimizer_step": state.optimizer_step}
+
+
+def score_batch(state: LearnerState, command: Command) -> Result:
+    batch = Path(command["batch"])
+    index = read_index(batch)
+    values = score(state, index, _reader(batch), state.recipe.rollout.temperature)
+    _write_values(Path(command["out"]), values)
+    return {"tokens": index.num_response_tokens}
+
+
+def train_batch(state: LearnerState, command: Command) -> Result:
+    batch = Path(command["batch"])
+    index = read_index(batch)
+    check_staleness(index, command["max_staleness"])
+    result = train(state, index, _reader(batch))
+    _write_values(Path(command["out"]), result.values)
+    return {
+        "applied": result.why_not_applied is None,
+        "why_not_applied": result.why_not_applied,
+        "metrics": result.metrics,
+        "timings": result.timings,
+    }
+
+
+def _probe_batch(probe_tokens: list[list[int]]) -> tuple[BatchIndex, BatchSlice]:
+    """Probes as samples with a one-token prompt: the log-prob of every token after the first."""
+    tokens = tuple(np.asarray(ids, dtype=np.int32) for ids in probe_tokens)
+    responses = [len(ids) - 1 for ids in tokens]
+    zeros = tuple(np.zeros(n, dtype=np.float32) for n in responses)
+    ids = tuple(f"probe-{i}" for i in range(len(tokens)))
+    versions = np.zeros((len(tokens), 2), dtype=np.int64)
+    index = BatchIndex(
+        step=0,
+        weight_version=0,
+        sample_ids=ids,
+        sample_offsets=np.cumsum([0, *(len(t) for t in tokens)], dtype=np.int64),
+        prompt_lengths=np.ones(len(tokens), dtype=np.int64),
+        response_offsets=np.cumsum([0, *responses], dtype=np.int64),
+        versions=versions,
+    )
+    batch = BatchSlice(
+        step=0,
+        weight_version=0,
+        num_samples=len(tokens),
+        indices=tuple(range(len(tokens))),
+        sample_ids=ids,
+        tokens=tokens,
+        prompt_lengths=tuple(1 for _ in tokens),
+        behavior_logprobs=zeros,
+        teacher_logprobs=zeros,
+        topk_ids=None,
+        topk_logprobs=None,
+        versions=versions,
+    )
+    return index, batch
+
+
+def _probe_logprobs(state: LearnerState, probe_tokens: list[list[int]]) -> list[list[float]]:
+    if not probe_tokens:
+        return []
+    index, batch = _probe_batch(probe_tokens)
+    flat = score(state, index, lambda _: batch, temperature=1.0)["student_logprobs"].tolist()
+    return [flat[a:b] for a, b in itertools.pairwise(index.response_offsets.tolist())]
+
+
+def publish_weights(state: LearnerState, command: Command) -> Result:
+    state.require_loaded()
+    probe_logprobs = _probe_logprobs(state, command["probe_tokens"])
+    size, tensors = publish(
+        state.module,
+        state.arch,
+        state.groups,
+        Path(state.recipe.student.path),
+        Path(command["directory"]),
+        command["version"],
+    )
+    return {"bytes": size, "tensors": tensors, "probe_logprobs": probe_logprobs}
+
+
+def save_checkpoint(state: LearnerState, command: Command) -> Result:
+    return {"files": checkpoint.save(state, Path(command["directory"]))}
+
+
+COMMANDS: dict[str, Callable[[LearnerState, Command], Result]] = {
+    "load": load,
+    "score": score_batch,
+    "train": train_batch,
+    "publish": publish_weights,
+    "save": save_checkpoint,
+}
+
+
+def run_command(state: LearnerState, command: Command) -> Result:
+    """Run one command.
+
+    Raises:
+        ContractError: an unknown kind or a missing argument.
+        OpdError: whatever the command raises.
+    """
+    kind = command["kind"]
+    if kind not in COMMANDS:
+        raise ContractError(f"command {kind!r} is not one of {sorted(COMMANDS)} or 'stop'")
+    return COMMANDS[kind](state, command)

@@ -1,0 +1,196 @@
+"""Packed micro-batches through the model: onto the device, through Megatron's schedule, and back.
+
+Every rank plans the same packing from the batch's offsets, reads its own samples only, and runs the
+same number of equally long micro-batches, so any schedule (none, 1F1B) can run them. Under context
+parallel a rank holds two zig-zag pieces of every document. Per-token results leave in batch order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from opd_megatron.data.packing import (
+    MicroBatch,
+    context_parallel_rows,
+    document_lengths,
+    pack,
+    plan_packing,
+)
+from opd_megatron.errors import ContractError
+from opd_megatron.exchange.batch_file import BatchIndex, BatchSlice
+from opd_megatron.losses.token_stats import TokenStats, token_stats
+from opd_megatron.megatron.architecture import Architecture
+from opd_megatron.megatron.parallel import Groups, Layout
+
+# (stats, micro-batch) -> (loss sum, token count, per-token values by name, what to reduce later)
+MicroLoss = Callable[
+    [TokenStats, "DeviceMicroBatch"],
+    tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor], Any],
+]
+
+
+@dataclass(frozen=True)
+class DeviceMicroBatch:
+    """This rank's rows of a micro-batch. Suffix T: packed tokens of this context-parallel rank."""
+
+    tokens_1T: torch.Tensor
+    position_ids_1T: torch.Tensor
+    documents: PackedSeqParams
+    target_ids_T: torch.Tensor
+    mask_T: torch.Tensor
+    behavior_logprobs_T: torch.Tensor
+    teacher_logprobs_T: torch.Tensor
+    output_index_T: torch.Tensor
+
+
+@dataclass(frozen=True)
+class MicroOutput:
+    """What the last pipeline stage keeps of a micro-batch, detached."""
+
+    values: dict[str, torch.Tensor]
+    output_index_T: torch.Tensor
+    extra: Any
+
+
+def to_device(micro: MicroBatch, groups: Groups, device: torch.device) -> DeviceMicroBatch:
+    """Move this context-parallel rank's rows to the device."""
+    rows = context_parallel_rows(micro.cu_seqlens.tolist(), groups.cp.size(), groups.cp.rank())
+
+    def tensor(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array[rows])).to(device)
+
+    borders = torch.from_numpy(micro.cu_seqlens).to(device)
+    return DeviceMicroBatch(
+        tokens_1T=tensor(micro.tokens_T)[None],
+        position_ids_1T=tensor(micro.position_ids_T)[None],
+        documents=PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=borders,
+            cu_seqlens_kv=borders,
+            max_seqlen_q=micro.max_document_length,
+            max_seqlen_kv=micro.max_document_length,
+        ),
+        target_ids_T=tensor(micro.target_ids_T),
+        mask_T=tensor(micro.loss_mask_T),
+        behavior_logprobs_T=tensor(micro.behavior_logprobs_T),
+        teacher_logprobs_T=tensor(micro.teacher_logprobs_T),
+        output_index_T=tensor(micro.output_index_T),
+    )
+
+
+def pack_for_rank(
+    index: BatchIndex,
+    read: Callable[[Sequence[int]], BatchSlice],
+    layout: Layout,
+    groups: Groups,
+    tokens_per_microbatch: int,
+    vocab_size: int,
+) -> list[MicroBatch]:
+    """Plan the whole batch, read and pack this data-parallel rank's part.
+
+    Raises:
+        ConfigError: a sample is longer than a micro-batch.
+        ContractError: a token is outside the vocabulary.
+    """
+    lengths = document_lengths(index, layout.document_multiple)
+    plan = plan_packing(lengths, layout.dp, tokens_per_microbatch, layout.token_multiple)
+    batch = read(plan.of_rank(groups.dp.rank()))
+    for sample_id, tokens in zip(batch.sample_ids, batch.tokens, strict=True):
+        if tokens.min() < 0 or tokens.max() >= vocab_size:
+            raise ContractError(f"sample {sample_id}: a token is outside [0, {vocab_size})")
+    return [
+        pack(batch, samples, index.response_offsets, plan.num_tokens, layout.document_multiple)
+        for samples in plan.samples[groups.dp.rank()]
+    ]
+
+
+def run_micro_batches(
+    model: DistributedDataParallel,
+    arch: Architecture,
+    groups: Groups,
+    micro_batches: Sequence[MicroBatch],
+    micro_loss: MicroLoss,
+    *,
+    temperature: float,
+    forward_only: bool,
+) -> list[MicroOutput]:
+    """Forward, and backward unless `forward_only`, over all micro-batches of this rank.
+
+    Returns:
+        One output per micro-batch on the last pipeline stage, nothing on others.
+    """
+    device = next(model.parameters()).device
+
+    def forward_step(
+        batches: Iterator[MicroBatch], module: torch.nn.Module
+    ) -> tuple[torch.Tensor, Callable[[torch.Tensor], Any]]:
+        batch = to_device(next(batches), groups, device)
+        output = module(
+            batch.tokens_1T, batch.position_ids_1T, None, packed_seq_params=batch.documents
+        )
+
+        def loss(logits_1TV: torch.Tensor) -> Any:
+            stats = token_stats(
+                logits_1TV[0],
+                batch.target_ids_T,
+                vocab_size=arch.vocab_size,
+                temperature=temperature,
+                group=groups.tp if groups.tp.size() > 1 else None,
+                allow_nan=True,
+            )
+            loss_sum, count, values, extra = micro_loss(stats, batch)
+            detached = {name: value.detach() for name, value in values.items()}
+            return (
+                loss_sum,
+                count.to(torch.int),
+                MicroOutput(detached, batch.output_index_T, extra),
+            )
+
+        return output, loss
+
+    with torch.set_grad_enabled(not forward_only):
+        outputs = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(micro_batches),
+            model=model,
+            num_microbatches=len(micro_batches),
+            seq_length=micro_batches[0].num_tokens,
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+    return outputs if groups.is_last_stage else []
+
+
+def in_batch_order(
+    outputs: Sequence[MicroOutput],
+    names: Sequence[str],
+    num_response_tokens: int,
+    groups: Groups,
+    device: torch.device,
+) -> dict[str, torch.Tensor]:
+    """Per-token values of the whole batch, [sum L] float32 each.
+
+    Summed over data- and context-parallel ranks (each token is computed by one of them), then sent
+    from the last pipeline stage to the others.
+    """
+    flat = torch.zeros(len(names), num_response_tokens, device=device)
+    for output in outputs:
+        kept = output.output_index_T >= 0
+        rows = output.output_index_T[kept]
+        for i, name in enumerate(names):
+            flat[i, rows] = output.values[name].float()[kept]
+    if groups.dp_cp.size() > 1:
+        dist.all_reduce(flat, group=groups.dp_cp)
+    if groups.pp.size() > 1:
+        last = dist.get_global_rank(groups.pp, groups.pp.size() - 1)
+        dist.broadcast(flat, src=last, group=groups.pp)
+    return {name: flat[i].cpu() for i, name in enumerate(names)}

@@ -1,0 +1,199 @@
+"""Hugging Face architecture -> TransformerConfig, layer spec and GPTModel of this pipeline stage.
+
+One builder for both devices. CUDA uses Transformer Engine's layers and fusions; CPU uses
+`cpu_layers` and no fusion. Weights are left uninitialised: a model is only used after `hf.load` or
+a checkpoint filled it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from opd_megatron.config.schema import LearnerConfig
+from opd_megatron.errors import ConfigError
+from opd_megatron.megatron.architecture import Architecture
+from opd_megatron.megatron.parallel import layout_of
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+_CPU_SETTINGS: dict[str, Any] = {
+    "use_cpu_initialization": True,
+    "gradient_accumulation_fusion": False,
+    "bias_activation_fusion": False,
+    "bias_dropout_fusion": False,
+    "masked_softmax_fusion": False,
+    "apply_rope_fusion": False,
+    "persist_layer_norm": False,
+    # A gloo send still reads its buffer after the call returned.
+    "deallocate_pipeline_outputs": False,
+    "batch_p2p_sync": False,
+}
+_CUDA_SETTINGS: dict[str, Any] = {
+    "gradient_accumulation_fusion": False,
+    "bias_activation_fusion": True,
+    "bias_dropout_fusion": True,
+    "masked_softmax_fusion": True,
+    "apply_rope_fusion": True,
+    "persist_layer_norm": True,
+    "deallocate_pipeline_outputs": True,
+}
+
+
+def check_layout(arch: Architecture, learner: LearnerConfig) -> None:
+    """Refuse sizes that do not divide.
+
+    Raises:
+        ConfigError: heads, groups, ffn or layers do not fit the layout.
+    """
+    tp, pp = learner.tensor_parallel, learner.pipeline_parallel
+    for what, size, key, parts in (
+        ("num_attention_heads", arch.num_heads, "learner.tensor_parallel", tp),
+        ("num_key_value_heads", arch.num_kv_heads, "learner.tensor_parallel", tp),
+        ("intermediate_size", arch.ffn_size, "learner.tensor_parallel", tp),
+        ("padded vocabulary", arch.padded_vocab_size, "learner.tensor_parallel", tp),
+        ("num_hidden_layers", arch.num_layers, "learner.pipeline_parallel", pp),
+    ):
+        if size % parts:
+            raise ConfigError.of(key, parts, f"must divide {what} = {size}", "choose a divisor")
+
+
+def transformer_config(
+    arch: Architecture, learner: LearnerConfig, device: str
+) -> TransformerConfig:
+    """Megatron's configuration of the model.
+
+    Raises:
+        ConfigError: the layout does not fit the model.
+    """
+    check_layout(arch, learner)
+    layout = layout_of(learner)
+    dtype = DTYPES[learner.precision]
+    recompute: dict[str, Any] = (
+        {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        }
+        if learner.recompute
+        else {}
+    )
+    return TransformerConfig(
+        num_layers=arch.num_layers,
+        hidden_size=arch.hidden_size,
+        num_attention_heads=arch.num_heads,
+        num_query_groups=arch.num_kv_heads,
+        kv_channels=arch.head_size,
+        ffn_hidden_size=arch.ffn_size,
+        normalization="RMSNorm",
+        layernorm_epsilon=arch.norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=arch.family.qkv_bias,
+        qk_layernorm=arch.family.query_key_norm,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        context_parallel_size=layout.cp,
+        sequence_parallel=learner.sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        autocast_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        perform_initialization=False,
+        attention_softmax_in_fp32=True,
+        batch_p2p_comm=True,
+        # The loss function returns a sum; gradients are divided by the global token count.
+        calculate_per_token_loss=True,
+        **recompute,
+        **(_CPU_SETTINGS if device == "cpu" else _CUDA_SETTINGS),
+    )
+
+
+def layer_spec(config: TransformerConfig, device: str) -> Any:
+    """The modules of a block.
+
+    Raises:
+        ConfigError: device "cuda" without Transformer Engine.
+    """
+    if device == "cuda":
+        try:
+            import transformer_engine  # noqa: F401  # pyright: ignore[reportMissingImports]
+        except ImportError:
+            raise ConfigError.of(
+                "device", "cuda", "needs Transformer Engine", "install the `fp8` extra"
+            ) from None
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    from opd_megatron.megatron.cpu_layers import CoreAttention, RMSNorm
+
+    spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+    layer: Any = spec.submodules
+    layer.input_layernorm = RMSNorm
+    layer.pre_mlp_layernorm = RMSNorm
+    attention = layer.self_attention.submodules
+    attention.core_attention = CoreAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = RMSNorm
+        attention.k_layernorm = RMSNorm
+    # A whole block, so that the final norm is ours too.
+    final_norm: Any = RMSNorm
+    return TransformerBlockSubmodules(
+        layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=final_norm
+    )
+
+
+def build_model(arch: Architecture, config: TransformerConfig, device: str) -> GPTModel:
+    """This pipeline stage's part of the model, on the device, with uninitialised weights."""
+    model = GPTModel(
+        config=config,
+        transformer_layer_spec=layer_spec(config, device),
+        vocab_size=arch.padded_vocab_size,
+        max_sequence_length=1,  # only used by learned position embeddings
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        parallel_output=True,
+        share_embeddings_and_output_weights=arch.tied_embeddings,
+        position_embedding_type="rope",
+        rotary_base=arch.rope_theta,  # type: ignore[arg-type]
+        rope_scaling=arch.rope_scaling is not None,
+        rope_scaling_factor=arch.rope_scaling.factor if arch.rope_scaling else 8.0,
+    )
+    return model.to(config.params_dtype).to(torch.device(device))
+
+
+def wrap_data_parallel(
+    model: GPTModel, config: TransformerConfig, learner: LearnerConfig
+) -> DistributedDataParallel:
+    """Gradient buffers in float32, reduced over data- and context-parallel ranks."""
+    wrapped = DistributedDataParallel(
+        config,
+        DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=learner.distributed_optimizer,
+            # Bad values are looked for once per step, on all ranks together.
+            check_for_nan_in_grad=False,
+        ),
+        model,
+    )
+    config.finalize_model_grads_func = finalize_model_grads
+    return wrapped

@@ -1,0 +1,135 @@
+"""Process groups: one place that starts torch.distributed and Megatron's model-parallel groups.
+
+Rank order is Megatron's default "tp-cp-ep-dp-pp", so global rank 0 is rank 0 of every group.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from opd_megatron.config.schema import LearnerConfig
+from opd_megatron.errors import ConfigError
+
+# A packed document is cut into 2 * cp pieces, the zig-zag split that balances causal attention.
+_ZIGZAG_PIECES = 2
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of the parallel dimensions."""
+
+    tp: int
+    pp: int
+    cp: int
+    dp: int
+
+    @property
+    def document_multiple(self) -> int:
+        """Every packed document is padded to a multiple of this."""
+        return _ZIGZAG_PIECES * self.cp if self.cp > 1 else 1
+
+    @property
+    def token_multiple(self) -> int:
+        """Every micro-batch is padded to a multiple of this, so that SP and CP shards are even."""
+        return self.tp * self.document_multiple
+
+    def as_mapping(self) -> dict[str, int]:
+        return asdict(self)
+
+
+def layout_of(learner: LearnerConfig) -> Layout:
+    """The layout a recipe asks for.
+
+    Raises:
+        ConfigError: sequence parallel without tensor parallel.
+    """
+    if learner.sequence_parallel and learner.tensor_parallel == 1:
+        raise ConfigError.of(
+            "learner.sequence_parallel",
+            True,
+            "needs learner.tensor_parallel > 1",
+            "set it to false or raise learner.tensor_parallel",
+        )
+    return Layout(
+        tp=learner.tensor_parallel,
+        pp=learner.pipeline_parallel,
+        cp=learner.context_parallel,
+        dp=learner.data_parallel,
+    )
+
+
+def start_process_group(device: str, timeout_s: float) -> None:
+    """Join the torchrun world; every collective on it is bounded by `timeout_s`."""
+    if device == "cpu":
+        # The host name may resolve to an interface that a container does not have.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        backend = "gloo"
+    else:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
+
+
+def start_model_parallel(layout: Layout, seed: int, timeout_s: float) -> None:
+    """Build Megatron's groups for `layout` and seed its generators; replaces groups built before.
+
+    Raises:
+        ConfigError: the world has another number of ranks than the layout needs.
+    """
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    needed = layout.tp * layout.pp * layout.cp * layout.dp
+    if dist.get_world_size() != needed:
+        raise ConfigError.of(
+            "learner world size",
+            dist.get_world_size(),
+            f"the layout {layout} needs {needed} ranks",
+            "start torchrun with that many processes",
+        )
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        context_parallel_size=layout.cp,
+        distributed_timeout_minutes=max(1, round(timeout_s / 60)),
+    )
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The groups the step talks over, and this rank's place in them."""
+
+    tp: dist.ProcessGroup
+    pp: dist.ProcessGroup
+    cp: dist.ProcessGroup
+    dp: dist.ProcessGroup
+    dp_cp: dist.ProcessGroup
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp.rank() == self.pp.size() - 1
+
+
+def _is_member(group: object) -> dist.ProcessGroup:
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
+def current_groups() -> Groups:
+    """The groups of the current model-parallel initialisation."""
+    return Groups(
+        tp=_is_member(parallel_state.get_tensor_model_parallel_group()),
+        pp=_is_member(parallel_state.get_pipeline_model_parallel_group()),
+        cp=_is_member(parallel_state.get_context_parallel_group()),
+        dp=_is_member(parallel_state.get_data_parallel_group()),
+        dp_cp=_is_member(parallel_state.get_data_parallel_group(with_context_parallel=True)),
+    )

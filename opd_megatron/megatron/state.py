@@ -1,0 +1,110 @@
+"""Everything a learner rank holds: recipe, groups, model, optimizer, schedule, step counter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer.optimizer import ChainedOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from opd_megatron.config.schema import Recipe
+from opd_megatron.errors import ConfigError, ContractError
+from opd_megatron.losses.token_loss import TokenLoss, make_token_loss
+from opd_megatron.megatron import hf
+from opd_megatron.megatron.architecture import Architecture, architecture_of, read_config
+from opd_megatron.megatron.hf_names import hf_shapes
+from opd_megatron.megatron.model import build_model, transformer_config, wrap_data_parallel
+from opd_megatron.megatron.optimizer import build_optimizer, build_scheduler
+from opd_megatron.megatron.parallel import Groups, Layout, current_groups, layout_of
+
+
+@dataclass
+class LearnerState:
+    """Built by `build_state` with unusable weights; `load_hf` or a checkpoint makes them usable."""
+
+    recipe: Recipe
+    arch: Architecture
+    config: TransformerConfig
+    layout: Layout
+    groups: Groups
+    model: DistributedDataParallel
+    token_loss: TokenLoss
+    optimizer: ChainedOptimizer | None = None
+    scheduler: OptimizerParamScheduler | None = None
+    optimizer_step: int = 0
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def module(self) -> GPTModel:
+        """The model without the gradient buffers around it."""
+        assert isinstance(self.model.module, GPTModel)
+        return self.model.module
+
+    @property
+    def num_parameters(self) -> int:
+        """Of the whole model, without vocabulary padding."""
+        return sum(int(torch.Size(shape).numel()) for shape in hf_shapes(self.arch).values())
+
+    def require_loaded(self) -> ChainedOptimizer:
+        """The optimizer of loaded weights.
+
+        Raises:
+            ContractError: nothing was loaded yet.
+        """
+        if self.optimizer is None:
+            raise ContractError("the learner has no weights yet; send `load` first")
+        return self.optimizer
+
+    def fresh_optimizer(self) -> None:
+        """A new optimizer and schedule over the present weights."""
+        config = self.recipe.optimizer
+        self.optimizer = build_optimizer(self.model, config, self.recipe.learner)
+        self.scheduler = build_scheduler(self.optimizer, config, self.recipe.steps)
+        self.optimizer_step = 0
+
+    def load_hf(self, model_path: Path) -> None:
+        """Weights of a Hugging Face directory and a fresh optimizer.
+
+        Raises:
+            ConfigError: another architecture than the recipe's student, or damaged files.
+        """
+        arch = architecture_of(read_config(model_path), str(model_path))
+        if arch != self.arch:
+            raise ConfigError.of(
+                "load path",
+                str(model_path),
+                f"its architecture {arch} is not the student's {self.arch}",
+                "load a model of the student's architecture",
+            )
+        hf.load(self.module, arch, model_path, self.groups.tp)
+        self.fresh_optimizer()
+
+
+def build_state(recipe: Recipe) -> LearnerState:
+    """Model and gradient buffers of this rank for a recipe. Process groups must exist.
+
+    Raises:
+        ConfigError: the student's config.json or the layout is not supported.
+    """
+    student = Path(recipe.student.path)
+    arch = architecture_of(read_config(student), str(student))
+    config = transformer_config(arch, recipe.learner, recipe.device)
+    model = build_model(arch, config, recipe.device)
+    hf.mark_sharded(model, arch)
+    return LearnerState(
+        recipe=recipe,
+        arch=arch,
+        config=config,
+        layout=layout_of(recipe.learner),
+        groups=current_groups(),
+        model=wrap_data_parallel(model, config, recipe.learner),
+        token_loss=make_token_loss(recipe.objective, recipe.correction, allow_nan=True),
+    )

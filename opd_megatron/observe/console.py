@@ -1,0 +1,110 @@
+"""What a run prints: start-up messages, one line per step, coloured rollouts, the last line.
+
+    [rollout-0] ready after 41s
+    step 12/80 loss 0.183 kl 0.071 keep 0.98 len 17.5 tok/s 2.1k acc 73.2% eta 1m52s
+
+Plain text when the stream is not a terminal. Left out on purpose: progress bars and live displays,
+which make logs unreadable.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.text import Text
+
+from opd_megatron.observe.coloring import ColoredRollout, rollout_plain, rollout_text
+from opd_megatron.observe.formats import encodable, human_count, human_duration
+
+_ETA_WINDOW = 20  # steps: long enough to smooth a slow one, short enough to follow a change of pace
+
+
+def _number(row: Mapping[str, Any], name: str, spec: str) -> str:
+    return format(row[name], spec) if name in row else "-"
+
+
+def step_line(row: Mapping[str, Any], total_steps: int, eta_s: float | None) -> str:
+    """One step in one line; a metric that was not measured shows as `-`.
+
+    Args:
+        row: a row of metrics.jsonl.
+        total_steps: steps of the whole run.
+        eta_s: expected seconds until the last step is done, None when unknown.
+    """
+    width = len(str(total_steps))
+    masked, tokens, step_s = (
+        row.get(name) for name in ("offpolicy/masked_frac", "train/tokens", "perf/step_s")
+    )
+    keep = "-" if masked is None else f"{1 - masked:.2f}"
+    length = human_count(row["rollout/len_mean"]) if "rollout/len_mean" in row else "-"
+    speed = human_count(tokens / step_s) if tokens is not None and step_s else "-"
+    parts = [
+        f"step {row['step']:>{width}}/{total_steps}",
+        f"loss {_number(row, 'train/loss', '.3f')}",
+        f"kl {_number(row, 'train/kl_reverse', '.3f')}",
+        f"keep {keep}",
+        f"len {length}",
+        f"tok/s {speed}",
+    ]
+    if "eval/heldout/accuracy" in row:
+        parts.append(f"acc {row['eval/heldout/accuracy']:.1%}")
+    if row.get("train/skipped"):
+        parts.append("SKIPPED")
+    parts.append(f"eta {'-' if eta_s is None else human_duration(eta_s)}")
+    return " ".join(parts)
+
+
+def demo_line(summary: Mapping[str, Any]) -> str:
+    """The last line of the demo, from the content of summary.json."""
+    return (
+        f"demo: accuracy {summary['accuracy_before']:.1%} \u2192 {summary['accuracy_after']:.1%} "
+        f"(teacher {summary['teacher_accuracy']:.1%}) \u00b7 KL {summary['kl_before']:.3f} \u2192 "
+        f"{summary['kl_after']:.3f} nats/token \u00b7 {summary['steps']} steps \u00b7 "
+        f"{summary['wall_s']:.0f} s"
+    )
+
+
+class RunConsole:
+    """Prints lines of a run to one stream.
+
+    Args:
+        total_steps: steps of the whole run.
+        stream: where to print; standard output when None.
+    """
+
+    def __init__(self, total_steps: int, stream: TextIO | None = None) -> None:
+        self._total_steps = total_steps
+        self._stream = sys.stdout if stream is None else stream
+        self._rich = Console(file=self._stream, highlight=False, markup=False, emoji=False)
+        self._recent_s: deque[float] = deque(maxlen=_ETA_WINDOW)
+
+    def say(self, text: str, style: str | None = None) -> None:
+        """Print one line as it is, never wrapped."""
+        line = encodable(text, self._stream.encoding)
+        self._rich.print(Text(line, style=style or ""), soft_wrap=True)
+        self._stream.flush()
+
+    def role(self, role: str, text: str) -> None:
+        """A start-up or life-cycle message of one process: `[rollout-0] ready after 41s`."""
+        self.say(f"[{role}] {text}")
+
+    def step(self, row: Mapping[str, Any]) -> None:
+        """The line of a step, with the time left judged by the last steps, evaluation included."""
+        if "perf/step_s" in row:
+            self._recent_s.append(row["perf/step_s"] + row.get("perf/eval_s", 0.0))
+        eta_s = None
+        if self._recent_s:
+            mean_s = sum(self._recent_s) / len(self._recent_s)
+            eta_s = mean_s * max(self._total_steps - row["step"], 0)
+        self.say(step_line(row, self._total_steps, eta_s))
+
+    def rollout(self, rollout: ColoredRollout) -> None:
+        """One response with its tokens coloured by advantage; signs instead of colours in a log."""
+        if self._rich.is_terminal:
+            self._rich.print(rollout_text(rollout, self._stream.encoding))
+        else:
+            self.say(rollout_plain(rollout))

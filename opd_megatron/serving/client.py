@@ -1,0 +1,335 @@
+"""Asyncio client of one SGLang server: what a run asks of it, and nothing else.
+
+    generate             POST /generate                  a group of prompts in one call
+    score                POST /generate, 0 new tokens    prefill only, once per sequence
+    update_weights...    POST /update_weights_from_disk  admin key
+    weight_checksums     POST /weights_checker           admin key
+    flush_cache, abort_all                               admin key
+    wait_ready           GET /ready, then /model_info with the key
+
+Every id is checked against the vocabulary before it is sent, because an id outside of it kills the
+server's whole process tree. Answers are read by `contract.py`. Left out: text in or out (ids only),
+streaming, and `/server_info`, whose answer holds both keys.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from opd_megatron.errors import ContractError
+from opd_megatron.serving.contract import (
+    Generation,
+    ScoredResponse,
+    broken,
+    parse_generation,
+    parse_items,
+    parse_score,
+    parse_version,
+)
+from opd_megatron.serving.keys import ServerKeys
+from opd_megatron.serving.transport import HttpTransport, Unanswered
+
+_READY_POLL_S = 0.2
+_READY_TIMEOUT_S = 30.0
+
+WaitReport = Callable[[float, str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are drawn. Log-probs that come back are at `temperature`, before top-p and top-k.
+
+    Temperature 0 is greedy; its log-probs are at temperature 1. `stop_token_ids` end a response,
+    and the one that did stays in it. The model's own end token always ends one.
+    """
+
+    temperature: float
+    max_new_tokens: int
+    top_p: float = 1.0
+    top_k: int = -1
+    stop_token_ids: tuple[int, ...] = ()
+
+    def as_request(self) -> dict[str, Any]:
+        return {
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "max_new_tokens": self.max_new_tokens,
+            "stop_token_ids": list(self.stop_token_ids),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class ModelAnswer:
+    """What a server says about the model it serves."""
+
+    model_path: str
+    weight_version: int
+
+
+class SglangClient:
+    """One server. Create and use it within one event loop; `close` it at the end.
+
+    Args:
+        name: what messages and rollouts call the server, e.g. "rollout-0".
+        url: base URL.
+        keys: the run's keys.
+        vocab_size: ids must be below this.
+        timeout_s: budget of one request.
+        max_retries: further tries after a failed connection, 429 or 5xx.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        url: str,
+        keys: ServerKeys,
+        *,
+        vocab_size: int,
+        timeout_s: float = 600.0,
+        max_retries: int = 3,
+    ) -> None:
+        self.name = name
+        self.vocab_size = vocab_size
+        self._keys = keys
+        self._http = HttpTransport(name, url, timeout_s=timeout_s, max_retries=max_retries)
+
+    @property
+    def url(self) -> str:
+        return self._http.url
+
+    async def __aenter__(self) -> SglangClient:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        await self._http.close()
+
+    async def wait_ready(self, deadline_s: float, on_wait: WaitReport | None = None) -> ModelAnswer:
+        """Wait until the server accepts requests and proves to be this run's.
+
+        Args:
+            deadline_s: give up after this many seconds.
+            on_wait: called about once a second with the seconds waited and what was last seen.
+
+        Raises:
+            ServerError: not ready in time, or another process answers on the port.
+        """
+        start = reported = time.monotonic()
+        seen = "nothing yet"
+        while True:
+            try:
+                await self._http.request_once("GET", "/ready", timeout_s=_READY_TIMEOUT_S)
+                return await self.model_info()
+            except Unanswered as error:
+                seen = str(error)
+            now = time.monotonic()
+            if now - start > deadline_s:
+                raise self._http.error("/ready", f"not ready after {deadline_s:g} s: {seen}")
+            if on_wait is not None and now - reported >= 1.0:
+                reported = now
+                on_wait(now - start, f"{self.name} to load its model ({seen})")
+            await asyncio.sleep(_READY_POLL_S)
+
+    async def model_info(self) -> ModelAnswer:
+        """Ask, with the key, which weights are loaded."""
+        answer = await self._call("GET", "/model_info", self._keys.api, None)
+        if not isinstance(answer, dict) or not isinstance(answer.get("model_path"), str):
+            raise self._http.error("/model_info", f"not an SGLang server: {str(answer)[:200]}")
+        version = parse_version("weight_version", answer.get("weight_version"))
+        return ModelAnswer(answer["model_path"], version)
+
+    async def generate(
+        self, prompts: Sequence[tuple[int, ...]], sampling: Sampling, rids: Sequence[str]
+    ) -> list[Generation]:
+        """Generate one response per prompt, in one call; repeat a prompt to sample it repeatedly.
+
+        Args:
+            prompts: non-empty id sequences.
+            rids: one name per response, unique among the requests in flight.
+
+        Raises:
+            ServerError, ContractError: nothing of the group is returned.
+        """
+        if not prompts:
+            return []
+        for prompt in prompts:
+            self._check_ids("prompt", prompt)
+        self._check_ids("stop_token_ids", sampling.stop_token_ids)
+
+        async def attempt(number: int) -> list[Generation]:
+            wire = _wire_ids(rids, number)
+            body = {
+                "input_ids": [list(prompt) for prompt in prompts],
+                "sampling_params": sampling.as_request(),
+                "return_logprob": True,
+                "rid": wire,
+            }
+            answer = await self._http.request_once(
+                "POST", "/generate", key=self._keys.api, body=body
+            )
+            return [
+                parse_generation(
+                    item,
+                    rid=rid,
+                    sent_as=wire_id,
+                    prompt_length=len(prompt),
+                    vocab_size=self.vocab_size,
+                    max_new_tokens=sampling.max_new_tokens,
+                )
+                for item, rid, wire_id, prompt in zip(
+                    parse_items(answer, len(prompts)), rids, wire, prompts, strict=True
+                )
+            ]
+
+        return await self._http.with_retries("/generate", attempt)
+
+    async def score(
+        self,
+        sequences: Sequence[tuple[tuple[int, ...], tuple[int, ...]]],
+        topk: int = 0,
+    ) -> list[ScoredResponse]:
+        """Log-probs, at temperature 1, of responses given their prompts; one prefill per sequence.
+
+        Args:
+            sequences: pairs (prompt ids, response ids); the prompt is not empty. An empty response
+                gives zero-length scores and is not sent.
+            topk: also return the K likeliest tokens of each position; the vocabulary's size gives
+                the whole distribution.
+
+        Raises:
+            ServerError, ContractError: nothing of the batch is returned.
+        """
+        if not 0 <= topk <= self.vocab_size:
+            raise ContractError(f"topk={topk}: must be between 0 and {self.vocab_size}")
+        for prompt, response in sequences:
+            self._check_ids("prompt", prompt)
+            self._check_ids("response", response)
+        sent = [position for position, (_, response) in enumerate(sequences) if response]
+        scores = [_empty_score(topk)] * len(sequences)
+        if sent:
+            chosen = [sequences[position] for position in sent]
+            for position, score in zip(sent, await self._score(chosen, topk), strict=True):
+                scores[position] = score
+        return scores
+
+    async def update_weights_from_disk(self, directory: Path, version: int) -> None:
+        """Load a Hugging Face directory in place of the present weights and drop cached prefixes.
+
+        Raises:
+            ServerError: refused; the server keeps its old weights.
+        """
+        route = "/update_weights_from_disk"
+        body = {
+            "model_path": str(directory),
+            "weight_version": str(version),
+            "flush_cache": True,
+        }
+        answer = await self._call("POST", route, self._keys.admin, body)
+        if not isinstance(answer, dict) or answer.get("success") is not True:
+            raise self._http.error(route, f"not confirmed: {str(answer)[:200]}")
+
+    async def weight_checksums(self) -> dict[str, str]:
+        """Checksums of the server's own (fused) tensors, keyed `rank/name`.
+
+        Equal weights give equal checksums on servers of the same layout, device and SGLang version.
+        They cannot be computed from a published file on every device, so probes prove updates.
+        """
+        body = {"action": "checksum"}
+        answer = await self._call("POST", "/weights_checker", self._keys.admin, body)
+        ranks = answer.get("ranks") if isinstance(answer, dict) else None
+        if not isinstance(ranks, list) or not all(
+            isinstance(rank, dict) and isinstance(rank.get("checksums"), dict) for rank in ranks
+        ):
+            broken("ranks", answer, "must be a list of objects with checksums")
+        return {
+            f"{number}/{name}": checksum
+            for number, rank in enumerate(ranks)
+            for name, checksum in rank["checksums"].items()
+        }
+
+    async def flush_cache(self) -> None:
+        """Drop cached prefixes; refused while requests run."""
+        await self._call("POST", "/flush_cache", self._keys.admin, {})
+
+    async def abort_all(self) -> None:
+        """End every request in flight; their callers get a ServerError."""
+        body = {"abort_all": True, "rid": ""}
+        await self._call("POST", "/abort_request", self._keys.admin, body)
+
+    async def _score(
+        self,
+        sequences: Sequence[tuple[tuple[int, ...], tuple[int, ...]]],
+        topk: int,
+    ) -> list[ScoredResponse]:
+        batch = uuid.uuid4().hex
+        rids = [f"score-{batch}-{position}" for position in range(len(sequences))]
+
+        async def attempt(number: int) -> list[ScoredResponse]:
+            wire = _wire_ids(rids, number)
+            body = {
+                "input_ids": [[*prompt, *response] for prompt, response in sequences],
+                "sampling_params": {"temperature": 0.0, "max_new_tokens": 0},
+                "return_logprob": True,
+                "logprob_start_len": [len(prompt) - 1 for prompt, _ in sequences],
+                "top_logprobs_num": topk,
+                "return_flat_raw_top_logprobs": topk > 0,
+                "return_flat_raw_top_logprobs_b64": topk > 0,
+                "rid": wire,
+            }
+            answer = await self._http.request_once(
+                "POST", "/generate", key=self._keys.api, body=body
+            )
+            return [
+                parse_score(
+                    item,
+                    sent_as=wire_id,
+                    prompt_ids=prompt,
+                    response_ids=response,
+                    vocab_size=self.vocab_size,
+                    topk=topk,
+                )
+                for item, wire_id, (prompt, response) in zip(
+                    parse_items(answer, len(sequences)), wire, sequences, strict=True
+                )
+            ]
+
+        return await self._http.with_retries("/generate", attempt)
+
+    async def _call(self, method: str, route: str, key: str, body: Mapping[str, Any] | None) -> Any:
+        return await self._http.with_retries(
+            route, lambda _: self._http.request_once(method, route, key=key, body=body)
+        )
+
+    def _check_ids(self, what: str, ids: Sequence[int]) -> None:
+        if not ids and what == "prompt":
+            raise ContractError(f"{self.name}: an empty prompt cannot be sent")
+        for token_id in ids:
+            if not 0 <= token_id < self.vocab_size:
+                raise ContractError(
+                    f"{self.name}: {what} holds id {token_id}, outside the vocabulary "
+                    f"[0, {self.vocab_size}); not sent, because it would kill the server"
+                )
+
+
+def _wire_ids(rids: Sequence[str], attempt: int) -> list[str]:
+    """A lost first try may still run on the server, which refuses an id that is in use."""
+    return [f"{rid}/{attempt}" for rid in rids]
+
+
+def _empty_score(topk: int) -> ScoredResponse:
+    none = np.zeros(0, dtype=np.float32)
+    if topk == 0:
+        return ScoredResponse(none, None)
+    ids = np.zeros((0, topk), dtype=np.int32)
+    return ScoredResponse(none, None, ids, np.zeros((0, topk), dtype=np.float32))

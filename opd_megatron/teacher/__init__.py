@@ -1,0 +1,1 @@
+"""Teacher scores for rollouts, from one or several teachers."""

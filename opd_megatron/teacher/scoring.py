@@ -1,0 +1,101 @@
+"""Rollouts to teacher scores: each is scored once, by prefill, by the teacher of its route.
+
+Samples of one prompt go out next to each other, so that a server computes their shared prefix once.
+Calls of a teacher spread over its servers, a few in flight at each. Scores are at temperature 1;
+another teacher temperature would need the whole distribution.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from opd_megatron.errors import ConfigError, did_you_mean
+from opd_megatron.serving.client import SglangClient
+from opd_megatron.serving.contract import ScoredResponse
+from opd_megatron.types import Rollout, TeacherScores
+
+Result = TypeVar("Result")
+
+# One call computes while the next one is being decoded and parsed.
+_CALLS_IN_FLIGHT = 2
+
+
+async def score_rollouts(
+    teachers: Mapping[str, Sequence[SglangClient]],
+    rollouts: Sequence[Rollout],
+    routes: Sequence[str],
+    *,
+    topk: int = 0,
+    sequences_per_call: int = 128,
+) -> list[TeacherScores]:
+    """Score every rollout with the teacher that its route names.
+
+    Args:
+        teachers: the servers of each teacher, by name; servers of one teacher hold equal weights.
+        rollouts: any order, any mix of prompts.
+        routes: the teacher's name for each rollout.
+        topk: K; 0 asks for the sampled tokens only.
+        sequences_per_call: batch size of one call.
+
+    Returns:
+        One `TeacherScores` per rollout, in the order of `rollouts`.
+
+    Raises:
+        ConfigError: a route names no teacher.
+        ServerError, ContractError: a call failed; no score is returned.
+    """
+    by_teacher: dict[str, list[int]] = {}
+    for position, (rollout, route) in enumerate(zip(rollouts, routes, strict=True)):
+        if route not in teachers:
+            known = ", ".join(sorted(teachers))
+            raise ConfigError(
+                f"teacher={route!r} of rollout {rollout.sample_id}: no such teacher"
+                f"{did_you_mean(route, teachers)}; use one of: {known}"
+            )
+        by_teacher.setdefault(route, []).append(position)
+    answers = await _all_or_first_error(
+        _score_with(teachers[name], [rollouts[i] for i in positions], topk, sequences_per_call)
+        for name, positions in by_teacher.items()
+    )
+    scores: dict[int, TeacherScores] = {}
+    for (name, positions), scored in zip(by_teacher.items(), answers, strict=True):
+        for position, one in zip(positions, scored, strict=True):
+            scores[position] = TeacherScores(name, one.logprobs, one.topk_ids, one.topk_logprobs)
+    return [scores[position] for position in range(len(rollouts))]
+
+
+async def _score_with(
+    clients: Sequence[SglangClient],
+    rollouts: Sequence[Rollout],
+    topk: int,
+    sequences_per_call: int,
+) -> list[ScoredResponse]:
+    """Score rollouts with one teacher, in their order; every free slot takes the next call."""
+    order = sorted(range(len(rollouts)), key=lambda position: rollouts[position].prompt_ids)
+    calls = [
+        order[start : start + sequences_per_call]
+        for start in range(0, len(order), sequences_per_call)
+    ]
+    pending = iter(calls)
+    scores: dict[int, ScoredResponse] = {}
+
+    async def work(client: SglangClient) -> None:
+        for call in pending:
+            pairs = [(rollouts[i].prompt_ids, rollouts[i].response_ids) for i in call]
+            scores.update(zip(call, await client.score(pairs, topk), strict=True))
+
+    await _all_or_first_error(work(client) for client in clients for _ in range(_CALLS_IN_FLIGHT))
+    return [scores[position] for position in range(len(rollouts))]
+
+
+async def _all_or_first_error(jobs: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
+    """Run jobs at once; the first error ends the others and is raised as it is, not in a group."""
+    tasks = [asyncio.create_task(job) for job in jobs]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

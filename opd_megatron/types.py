@@ -1,0 +1,70 @@
+"""What travels between the stages: prompts, rollouts, teacher scores, samples.
+
+Immutable. Shapes: `L` response tokens of one sample, `K` support entries. Log-probs are natural-log
+float32, named by owner (behaviour policy, student, teacher). Response position `t` holds the log-prob of
+response token `t` given everything before it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One usable row of the data, encoded with the student's chat template.
+
+    Example: `Prompt(id="add2-17", token_ids=(2, 8, 4, ...), text="40+85:", answer="125", teacher="main",
+    source="train.jsonl:18")`.
+    """
+
+    id: str
+    token_ids: tuple[int, ...]
+    text: str
+    answer: str | None
+    teacher: str | None
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One response that a rollout server generated.
+
+    `version_first`/`version_last` are the weight versions that produced the first and the last token.
+    `finish_reason` is "stop" (an end token was sampled) or "length" (cut at max_new_tokens).
+    """
+
+    sample_id: str
+    prompt_id: str
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+    behavior_logprobs: NDArray[np.float32]  # [L]
+    finish_reason: str
+    version_first: int
+    version_last: int
+    server: str
+
+    @property
+    def truncated(self) -> bool:
+        return self.finish_reason == "length"
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherScores:
+    """A teacher's log-probs for one rollout: of the sampled tokens, and of its own top-K when asked."""
+
+    teacher: str
+    sampled_logprobs: NDArray[np.float32]  # [L]
+    topk_ids: NDArray[np.int32] | None = None  # [L, K]
+    topk_logprobs: NDArray[np.float32] | None = None  # [L, K]
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A rollout with its teacher scores: one unit of a step batch."""
+
+    rollout: Rollout
+    scores: TeacherScores

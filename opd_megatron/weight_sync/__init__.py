@@ -1,0 +1,1 @@
+"""New weights to the rollout servers, with proof that they hold them."""

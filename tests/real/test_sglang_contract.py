@@ -1,0 +1,386 @@
+"""The contract with a real SGLang server on CPU: one tiny random Qwen3, one server for the file.
+
+Tests run in file order: they change the server's weights, and the last one kills it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Coroutine, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from opd_megatron.config.schema import ServerConfig
+from opd_megatron.errors import EXIT_RETRY, ContractError, NumericsError, ServerError
+from opd_megatron.serving.client import Sampling, SglangClient
+from opd_megatron.serving.command import ServerCommand, server_command
+from opd_megatron.serving.keys import ServerKeys, new_keys, write_keys
+from opd_megatron.teacher.scoring import score_rollouts
+from opd_megatron.types import Rollout
+from opd_megatron.weight_sync.disk import push_weights, verify_weights
+
+pytestmark = pytest.mark.real
+
+VOCAB = 64
+PROMPTS = ((3, 4, 5, 6), (7, 8), (9,), (3, 4, 5, 10))
+TOLERANCE_NATS = 1e-4
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class RunningServer:
+    process: psutil.Popen
+    url: str
+    port: int
+    keys: ServerKeys
+    command: ServerCommand
+    log: Path
+    models: dict[str, Path]
+    ready_s: float
+
+    def processes(self) -> list[psutil.Process]:
+        launcher = psutil.Process(self.process.pid)
+        return [launcher, *launcher.children(recursive=True)]
+
+
+def make_model(directory: Path, seed: int) -> Path:
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        eos_token_id=1,
+        bos_token_id=None,
+        pad_token_id=0,
+        initializer_range=0.3,
+    )
+    Qwen3ForCausalLM(config).float().save_pretrained(directory)
+    return directory
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+def reference_logprobs(directory: Path, ids: tuple[int, ...], temperature: float = 1.0) -> Any:
+    """[len(ids) - 1, V]: row t is the distribution of token t + 1, by transformers."""
+    model: Any = Qwen3ForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    with torch.no_grad():
+        logits_TV = model(torch.tensor([ids])).logits[0, :-1].double()
+    return torch.log_softmax(logits_TV / temperature, dim=-1).numpy()
+
+
+def of_ids(logprobs_TV: Any, ids: tuple[int, ...]) -> Any:
+    return logprobs_TV[np.arange(len(ids)), list(ids)]
+
+
+def probe_logprobs(directory: Path, probes: tuple[tuple[int, ...], ...]) -> list[list[float]]:
+    return [of_ids(reference_logprobs(directory, ids), ids[1:]).tolist() for ids in probes]
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    folder = tmp_path_factory.mktemp("sglang")
+    models = {
+        name: make_model(folder / name, seed) for seed, name in enumerate(("first", "second"))
+    }
+    keys = new_keys()
+    keys_file = folder / "keys.json"
+    write_keys(keys_file, keys)
+    port = free_port()
+    command = server_command(
+        ServerConfig(
+            context_length=128, max_total_tokens=8192, dtype="float32", mem_fraction_static=0.1
+        ),
+        device="cpu",
+        model_path=models["first"],
+        port=port,
+        keys_file=keys_file,
+        seed=1,
+        weight_version=7,
+        parent_pid=os.getpid(),
+    )
+    log = folder / "server.log"
+    start = time.monotonic()
+    with log.open("wb") as output:
+        process = psutil.Popen(
+            command.argv,
+            env={**os.environ, **command.env},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        url = f"http://127.0.0.1:{port}"
+        client = SglangClient("rollout-0", url, keys, vocab_size=VOCAB)
+        answer = asyncio.run(_wait(client, process, log))
+        assert answer.weight_version == 7
+        ready_s = time.monotonic() - start
+        yield RunningServer(process, url, port, keys, command, log, models, ready_s)
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait(10)
+
+
+async def _wait(client: SglangClient, process: psutil.Popen, log: Path) -> Any:
+    def still_alive(waited_s: float, what: str) -> None:
+        assert process.poll() is None, log.read_text()[-3000:]
+
+    async with client:
+        return await client.wait_ready(150.0, still_alive)
+
+
+def call(server: RunningServer, work: Any, **options: Any) -> Any:
+    """Run `work(client)` in a fresh loop with a fresh client."""
+
+    async def run() -> Any:
+        arguments = {"keys": server.keys, "vocab_size": VOCAB, **options}
+        async with SglangClient("rollout-0", server.url, **arguments) as client:
+            outcome: Coroutine[Any, Any, Any] = work(client)
+            return await outcome
+
+    return asyncio.run(run())
+
+
+def test_keys_are_in_no_argument_list_no_log_and_no_environment(server: RunningServer) -> None:
+    secrets = (server.keys.api, server.keys.admin)
+    processes = server.processes()
+    assert len(processes) >= 3  # launcher, scheduler, detokenizer
+    for process in processes:
+        shown = Path(f"/proc/{process.pid}/cmdline").read_bytes()
+        shown += Path(f"/proc/{process.pid}/environ").read_bytes()
+        assert not any(secret.encode() in shown for secret in secrets), process
+    log = server.log.read_text(errors="replace")
+    assert not any(secret in log for secret in secrets)
+    assert "Traceback" not in log
+
+
+def test_every_listener_is_on_loopback(server: RunningServer) -> None:
+    listening = [
+        connection.laddr
+        for process in server.processes()
+        for connection in process.net_connections(kind="tcp")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert server.port in {address.port for address in listening}
+    assert {address.ip for address in listening} == {"127.0.0.1"}
+
+
+def test_a_taken_port_ends_the_process_with_a_clear_message(server: RunningServer) -> None:
+    started = time.monotonic()
+    second = subprocess.run(
+        server.command.argv,
+        env={**os.environ, **server.command.env},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert second.returncode == EXIT_RETRY
+    assert f"cannot bind 127.0.0.1:{server.port}" in second.stderr
+    assert time.monotonic() - started < 20
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_generated_logprobs_are_at_the_rollout_temperature(
+    server: RunningServer, temperature: float
+) -> None:
+    sampling = Sampling(temperature=temperature, max_new_tokens=12)
+    rids = [f"t{temperature}-{position}" for position in range(len(PROMPTS))]
+    generations = call(server, lambda client: client.generate(PROMPTS, sampling, rids))
+    assert [generation.rid for generation in generations] == rids
+    for prompt, generation in zip(PROMPTS, generations, strict=True):
+        ids = prompt + generation.token_ids
+        wanted_TV = reference_logprobs(server.models["first"], ids, temperature)
+        wanted = of_ids(wanted_TV[len(prompt) - 1 :], generation.token_ids)
+        assert np.abs(generation.logprobs - wanted).max() < TOLERANCE_NATS
+        assert generation.version_first == generation.version_last == 7
+        assert generation.finish_reason == ("stop" if generation.token_ids[-1] == 1 else "length")
+
+
+def test_samples_of_one_group_differ_and_stop_tokens_stay(server: RunningServer) -> None:
+    stops = tuple(range(2, VOCAB, 2))
+    sampling = Sampling(temperature=1.0, max_new_tokens=40, stop_token_ids=stops)
+    rids = [f"stop-{position}" for position in range(8)]
+    group = call(server, lambda client: client.generate([PROMPTS[0]] * 8, sampling, rids))
+    assert len({generation.token_ids for generation in group}) > 1
+    for generation in group:
+        assert generation.finish_reason == "stop"
+        assert generation.token_ids[-1] in {1, *stops}
+        assert not set(generation.token_ids[:-1]) & {1, *stops}
+
+
+def test_scores_and_the_whole_distribution_equal_transformers(server: RunningServer) -> None:
+    pairs = [(prompt, tuple(range(11, 11 + 5 * n))) for n, prompt in enumerate(PROMPTS)]
+    scores = call(server, lambda client: client.score(pairs, topk=VOCAB))
+    for (prompt, response), score in zip(pairs, scores, strict=True):
+        assert score.logprobs.shape == (len(response),)
+        assert score.topk_logprobs.shape == (len(response), VOCAB)
+        if not response:
+            continue
+        wanted_TV = reference_logprobs(server.models["first"], prompt + response)
+        wanted_LV = wanted_TV[len(prompt) - 1 :]
+        assert np.abs(score.logprobs - of_ids(wanted_LV, response)).max() < TOLERANCE_NATS
+        whole_LV = np.take_along_axis(wanted_LV, score.topk_ids.astype(np.int64), axis=1)
+        assert np.abs(score.topk_logprobs - whole_LV).max() < TOLERANCE_NATS
+        assert (np.sort(score.topk_ids, axis=1) == np.arange(VOCAB)).all()
+        assert (np.diff(score.topk_logprobs, axis=1) <= 0).all()
+
+
+def test_teacher_scores_come_back_in_the_order_of_the_rollouts(server: RunningServer) -> None:
+    responses = [(20, 21), (22,), (), (23, 24, 25), (26,), (27, 28)]
+    rollouts = [
+        Rollout(
+            f"s{n}", f"p{n % 3}", PROMPTS[n % 3], ids, np.zeros(len(ids), np.float32), "stop", 7, 7,
+            "rollout-0",
+        )
+        for n, ids in enumerate(responses)
+    ]  # fmt: skip
+
+    async def score(client: SglangClient) -> Any:
+        teachers = {"main": [client], "other": [client]}
+        routes = ["main", "other"] * 3
+        return await score_rollouts(teachers, rollouts, routes, topk=3, sequences_per_call=2)
+
+    for position, scores in enumerate(call(server, score)):
+        rollout = rollouts[position]
+        assert scores.teacher == ("main", "other")[position % 2]
+        assert scores.topk_ids.shape == (len(rollout.response_ids), 3)
+        ids = rollout.prompt_ids + rollout.response_ids
+        wanted_TV = reference_logprobs(server.models["first"], ids)[len(rollout.prompt_ids) - 1 :]
+        wanted = of_ids(wanted_TV, rollout.response_ids)
+        assert np.allclose(scores.sampled_logprobs, wanted, atol=TOLERANCE_NATS)
+
+
+def test_an_id_outside_the_vocabulary_is_refused_before_it_is_sent(server: RunningServer) -> None:
+    sampling = Sampling(temperature=1.0, max_new_tokens=2)
+    for ids in ((3, VOCAB), (3, -1)):
+        with pytest.raises(ContractError, match="outside the vocabulary"):
+            call(server, lambda client, ids=ids: client.generate([ids], sampling, ["bad"]))
+        with pytest.raises(ContractError, match="outside the vocabulary"):
+            call(server, lambda client, ids=ids: client.score([((3,), ids)]))
+    assert call(server, lambda client: client.model_info()).weight_version == 7
+
+
+def test_a_wrong_key_is_refused_and_the_normal_key_does_not_open_admin_routes(
+    server: RunningServer,
+) -> None:
+    strangers = new_keys()
+    for work in (
+        lambda client: client.wait_ready(5.0),
+        lambda client: client.score([((3,), (4,))]),
+        lambda client: client.flush_cache(),
+    ):
+        with pytest.raises(ServerError, match="status 401"):
+            call(server, work, keys=strangers)
+    normal_only = ServerKeys(server.keys.api, server.keys.api + "x")
+    for work in (
+        lambda client: client.update_weights_from_disk(server.models["second"], 8),
+        lambda client: client.flush_cache(),
+        lambda client: client.abort_all(),
+        lambda client: client.weight_checksums(),
+    ):
+        with pytest.raises(ServerError, match="status 401"):
+            call(server, work, keys=normal_only)
+    assert call(server, lambda client: client.model_info()).weight_version == 7
+
+
+def test_a_request_that_cannot_fit_is_refused_without_a_retry(server: RunningServer) -> None:
+    sampling = Sampling(temperature=1.0, max_new_tokens=200)
+    with pytest.raises(ServerError, match=r"rollout-0 .*/generate: status 400"):
+        call(server, lambda client: client.generate([(3,)], sampling, ["long"]))
+
+
+def test_an_update_from_disk_changes_scores_and_version(server: RunningServer) -> None:
+    probes = (PROMPTS[0] + (11, 12, 13), PROMPTS[1] + (14, 15))
+    wanted = probe_logprobs(server.models["second"], probes)
+
+    async def push(client: SglangClient) -> Any:
+        await client.score([(PROMPTS[0], (11, 12))])  # leaves the old model's prefix in the cache
+        before = await client.weight_checksums()
+        report = await push_weights(
+            [client], server.models["second"], 8, probes, wanted, tolerance_nats=TOLERANCE_NATS
+        )
+        assert await client.weight_checksums() != before
+        return report
+
+    report = call(server, push)
+    assert report.version == 8
+    assert report.max_delta < TOLERANCE_NATS
+    sampling = Sampling(temperature=1.0, max_new_tokens=4)
+    (generation,) = call(server, lambda client: client.generate([(3, 4)], sampling, ["after"]))
+    assert (generation.version_first, generation.version_last) == (8, 8)
+
+
+def test_an_update_that_changed_nothing_is_caught(server: RunningServer) -> None:
+    probes = (PROMPTS[0] + (11, 12, 13),)
+    wanted = probe_logprobs(server.models["first"], probes)
+
+    async def lie(client: SglangClient) -> None:
+        # The directory holds the old weights; the learner's log-probs are of the new ones.
+        await push_weights(
+            [client], server.models["second"], 9, probes, wanted, tolerance_nats=1e-3
+        )
+
+    with pytest.raises(
+        NumericsError, match=r"0 of 1 servers: rollout-0: does not hold .* version 9"
+    ):
+        call(server, lie)
+
+
+def test_a_missing_directory_is_refused_and_the_old_weights_stay(server: RunningServer) -> None:
+    probes = (PROMPTS[0] + (11, 12, 13),)
+    wanted = probe_logprobs(server.models["second"], probes)
+    absent = server.models["second"].with_name("absent")
+
+    async def push(client: SglangClient) -> None:
+        with pytest.raises(ServerError, match="status 400"):
+            await push_weights([client], absent, 10, probes, wanted, tolerance_nats=1e-3)
+        assert await verify_weights(client, 9, probes, wanted, tolerance_nats=1e-3) < TOLERANCE_NATS
+        with pytest.raises(ServerError, match="reports weight version 9, not 10"):
+            await verify_weights(client, 10, probes, wanted, tolerance_nats=1e-3)
+
+    call(server, push)
+
+
+def test_abort_all_ends_running_requests_with_an_error(server: RunningServer) -> None:
+    sampling = Sampling(temperature=1.0, max_new_tokens=120)
+
+    async def abort(client: SglangClient) -> None:
+        rids = [f"abort-{position}" for position in range(16)]
+        running = asyncio.create_task(client.generate([(3, 4)] * 16, sampling, rids))
+        await asyncio.sleep(0.1)
+        await client.abort_all()
+        with pytest.raises(ServerError, match="aborted"):
+            await running
+
+    call(server, abort)
+
+
+def test_kill_9_of_the_launcher_leaves_no_process(server: RunningServer) -> None:
+    processes = server.processes()
+    server.process.kill()
+    server.process.wait(10)
+    _, alive = psutil.wait_procs(processes, timeout=10)
+    assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+    with pytest.raises(ServerError, match="gave up after 2 tries"):
+        call(server, lambda client: client.model_info(), max_retries=1)
+    with socket.create_server(("127.0.0.1", server.port)):
+        pass

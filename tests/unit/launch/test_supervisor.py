@@ -1,0 +1,138 @@
+"""Processes of a run: the dead one is named, nothing survives, not even a supervisor's SIGKILL."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import psutil
+import pytest
+
+from opd_megatron.errors import ConfigError, RoleDied
+from opd_megatron.launch import lock
+from opd_megatron.launch.ports import PortReservations
+from opd_megatron.launch.supervisor import (
+    ATTEMPT_VARIABLE,
+    RoleCommand,
+    Supervisor,
+    kill_attempt,
+)
+
+SLEEP = "import time; time.sleep(60)"
+# A process that starts a grandchild in a session of its own, as torchrun does.
+NESTED = (
+    "import subprocess, sys, time;"
+    f"subprocess.Popen([sys.executable, '-c', {SLEEP!r}], start_new_session=True); time.sleep(60)"
+)
+
+
+def role(name: str, code: str, folder: Path) -> RoleCommand:
+    return RoleCommand(name, [sys.executable, "-c", code], folder / f"{name}.log")
+
+
+def members(attempt_id: str) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(ATTEMPT_VARIABLE) == attempt_id:
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
+def wait_until(condition, seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.02)
+
+
+def test_the_exit_code_of_the_main_process_is_returned_and_the_rest_is_ended(tmp_path: Path) -> None:
+    identity = uuid.uuid4().hex
+    with Supervisor(identity) as supervisor:
+        supervisor.start(role("server", NESTED, tmp_path))
+        supervisor.start(role("controller", "raise SystemExit(75)", tmp_path))
+        assert supervisor.watch("controller") == 75
+    assert members(identity) == []
+
+
+def test_a_dead_role_is_named_with_the_end_of_its_log(tmp_path: Path) -> None:
+    with Supervisor(uuid.uuid4().hex) as supervisor:
+        supervisor.start(role("controller", SLEEP, tmp_path))
+        supervisor.start(role("teacher-main-0", "raise SystemExit('out of memory')", tmp_path))
+        with pytest.raises(RoleDied) as raised:
+            supervisor.watch("controller")
+    assert "teacher-main-0 ended with exit code 1" in str(raised.value)
+    assert "| out of memory" in str(raised.value)
+
+
+def test_a_killed_role_is_named_with_its_signal(tmp_path: Path) -> None:
+    with Supervisor(uuid.uuid4().hex) as supervisor:
+        supervisor.start(role("controller", SLEEP, tmp_path))
+        supervisor.start(
+            role("learner", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)", tmp_path)
+        )
+        with pytest.raises(RoleDied, match="learner ended with signal SIGKILL"):
+            supervisor.watch("controller")
+
+
+def test_sigkill_of_the_supervisor_takes_its_processes_along(tmp_path: Path) -> None:
+    identity = uuid.uuid4().hex
+    code = (
+        "from pathlib import Path; import sys, time\n"
+        "from opd_megatron.launch.supervisor import RoleCommand, Supervisor\n"
+        f"with Supervisor({identity!r}) as s:\n"
+        f"    s.start(RoleCommand('a', [sys.executable, '-c', {SLEEP!r}], Path({str(tmp_path / 'a.log')!r})))\n"
+        "    print('up', flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"up\n"
+    assert len(members(identity)) == 1
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    wait_until(lambda: members(identity) == [])
+
+
+def test_leftovers_are_found_however_deep_they_were_started(tmp_path: Path) -> None:
+    identity = uuid.uuid4().hex
+    environment = {**os.environ, ATTEMPT_VARIABLE: identity}
+    process = subprocess.Popen([sys.executable, "-c", NESTED], env=environment)
+    wait_until(lambda: len(members(identity)) == 2)
+    assert len(kill_attempt(identity)) == 2
+    process.wait()
+    assert members(identity) == []
+
+
+def test_a_living_run_keeps_its_directory(tmp_path: Path) -> None:
+    path = tmp_path / "run.lock"
+    code = (
+        "from pathlib import Path; import time\n"
+        "from opd_megatron.launch import lock\n"
+        f"with lock.hold(Path({str(path)!r})):\n"
+        "    print('held', flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"held\n"
+    with pytest.raises(ConfigError, match=f"pid {process.pid}"), lock.hold(path):
+        pass
+    process.kill()
+    process.wait()
+    with lock.hold(path):
+        pass
+
+
+def test_reserved_ports_are_not_given_twice() -> None:
+    with PortReservations() as first, PortReservations() as second:
+        ports = [reservations.reserve() for reservations in (first, second) for _ in range(20)]
+    assert len(set(ports)) == 40
+    assert all(port < 32768 for port in ports)

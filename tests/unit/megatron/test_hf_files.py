@@ -1,0 +1,97 @@
+"""Model directories: slices are read, tensors written one by one, disagreements are named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from opd_megatron.errors import ConfigError
+from opd_megatron.megatron.architecture import Architecture, architecture_of
+from opd_megatron.megatron.hf_names import EMBEDDING, hf_shapes
+from opd_megatron.megatron.safetensors_files import (
+    INDEX_FILE,
+    ModelWeights,
+    check_tensors,
+    write_safetensors,
+)
+
+CONFIG: dict[str, Any] = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "hidden_size": 8,
+    "intermediate_size": 12,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 1,
+    "num_key_value_heads": 1,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e4,
+    "vocab_size": 10,
+}
+
+
+def _arch() -> Architecture:
+    return architecture_of(CONFIG)
+
+
+def _tensors() -> dict[str, torch.Tensor]:
+    return {name: torch.randn(shape) for name, shape in hf_shapes(_arch()).items()}
+
+
+def test_a_written_file_is_read_by_safetensors_exactly(tmp_path: Path) -> None:
+    tensors = {n: t.bfloat16() for n, t in _tensors().items()}
+    path = tmp_path / "model.safetensors"
+    size = write_safetensors(
+        path, hf_shapes(_arch()), torch.bfloat16, tensors.items(), {"format": "pt"}
+    )
+    assert path.stat().st_size == size
+    loaded = load_file(path)
+    assert set(loaded) == set(tensors)
+    assert all(torch.equal(loaded[n], tensors[n]) for n in tensors)
+
+
+def test_slices_of_sharded_files(tmp_path: Path) -> None:
+    tensors = _tensors()
+    names = sorted(tensors)
+    shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, members in shards.items():
+        save_file({n: tensors[n] for n in members}, tmp_path / file)
+    weight_map = {n: file for file, members in shards.items() for n in members}
+    (tmp_path / INDEX_FILE).write_text(json.dumps({"weight_map": weight_map}))
+    weights = ModelWeights(tmp_path)
+    assert weights.names() == set(tensors)
+    check_tensors(weights, _arch())
+    table = tensors[EMBEDDING]
+    assert torch.equal(weights.rows(EMBEDDING, 3, 7), table[3:7])
+    assert torch.equal(weights.columns(EMBEDDING, 2, 6), table[:, 2:6])
+    assert weights.rows(EMBEDDING, 10, 10).shape == (0, 8)  # a shard of padding only
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"num_hidden_layers": 2}, r"model\.layers\.1\..*the weights lack it"),
+        ({"tie_word_embeddings": True, "vocab_size": 11}, r"shape \[10, 8\].*asks for \[11, 8\]"),
+        (
+            {"architectures": ["LlamaForCausalLM"]},
+            r"k_proj\.bias.*config.json has no place for it",
+        ),
+    ],
+)
+def test_config_and_weights_that_disagree_name_the_tensor(
+    tmp_path: Path, change: dict[str, Any], problem: str
+) -> None:
+    save_file(_tensors(), tmp_path / "model.safetensors")
+    with pytest.raises(ConfigError, match=problem):
+        check_tensors(ModelWeights(tmp_path), architecture_of(CONFIG | change))
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not safetensors"])
+def test_a_missing_or_damaged_file_is_refused(tmp_path: Path, content: bytes | None) -> None:
+    if content is not None:
+        (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"model.safetensors can not be read"):
+        ModelWeights(tmp_path)

@@ -1,0 +1,108 @@
+"""What a run prints."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+
+from opd_megatron.observe.console import RunConsole, demo_line, step_line
+from opd_megatron.observe.formats import encodable, human_count, human_duration, human_value
+
+ROW = {
+    "step": 12,
+    "train/loss": 0.1834,
+    "train/kl_reverse": 0.0712,
+    "offpolicy/masked_frac": 0.02,
+    "rollout/len_mean": 17.52,
+    "train/tokens": 2240,
+    "perf/step_s": 1.0667,
+}
+SUMMARY = {
+    "accuracy_before": 0.3464,
+    "accuracy_after": 0.9049,
+    "teacher_accuracy": 0.966,
+    "kl_before": 0.6271,
+    "kl_after": 0.0758,
+    "steps": 80,
+    "wall_s": 181.4,
+}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.42, "0.4s"), (9.96, "10s"), (59.6, "1m00s"), (112, "1m52s"), (8040, "2h14m"),
+     (86399.9, "1d00h"), (273600, "3d04h")],
+)  # fmt: skip
+def test_durations(seconds: float, text: str) -> None:
+    assert human_duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(17.52, "17.5"), (99.96, "100"), (812, "812"), (999.7, "1.0k"), (2100, "2.1k"),
+     (41249, "41.2k"), (999960, "1.0M"), (3.2e6, "3.2M"), (2e9, "2.0G")],
+)  # fmt: skip
+def test_counts(value: float, text: str) -> None:
+    assert human_count(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [(0.3614, "fraction", "36.1%"), (0.1831, "nats", "0.183"), (3.44e-6, "nats", "3.4e-06"),
+     (17.52, "tokens", "17.5"), (123.4, "tokens", "123"), (1.00002, "ratio", "1.00002"),
+     (0, "nats", "0"), (0.0015, "1", "0.0015"), (2240, "tokens", "2.2k"),
+     (-0.065, "nats", "-0.065")],
+)  # fmt: skip
+def test_values(value: float, unit: str, text: str) -> None:
+    assert human_value(value, unit) == text
+
+
+def test_step_line_shows_the_step_in_one_line() -> None:
+    assert step_line(ROW, 80, 112.0) == (
+        "step 12/80 loss 0.183 kl 0.071 keep 0.98 len 17.5 tok/s 2.1k eta 1m52s"
+    )
+
+
+def test_step_line_shows_accuracy_and_a_skipped_update() -> None:
+    line = step_line({**ROW, "eval/heldout/accuracy": 0.732, "train/skipped": 1}, 400, None)
+    assert line == (
+        "step  12/400 loss 0.183 kl 0.071 keep 0.98 len 17.5 tok/s 2.1k acc 73.2% SKIPPED eta -"
+    )
+
+
+def test_step_line_says_dash_for_what_was_not_measured() -> None:
+    assert step_line({"step": 0}, 80, None) == ("step  0/80 loss - kl - keep - len - tok/s - eta -")
+
+
+def test_eta_is_judged_by_recent_steps_and_counts_evaluation() -> None:
+    stream = io.StringIO()
+    console = RunConsole(total_steps=4, stream=stream)
+    console.step({"step": 1, "perf/step_s": 10.0})
+    console.step({"step": 2, "perf/step_s": 10.0, "perf/eval_s": 20.0})
+    console.step({"step": 4, "perf/step_s": 10.0})
+    etas = [line.rsplit(" ", 1)[1] for line in stream.getvalue().splitlines()]
+    assert etas == ["30s", "40s", "0.0s"]
+
+
+def test_console_is_plain_and_never_wraps_where_there_is_no_terminal() -> None:
+    stream = io.StringIO()
+    line = "[b]not markup[/b] :smile: " + "x" * 300
+    RunConsole(1, stream).say(line)
+    RunConsole(1, stream).role("rollout-0", "ready after 41s")
+    assert stream.getvalue() == line + "\n[rollout-0] ready after 41s\n"
+
+
+def test_demo_line() -> None:
+    assert demo_line(SUMMARY) == (
+        "demo: accuracy 34.6% \u2192 90.5% (teacher 96.6%) \u00b7 KL 0.627 \u2192 0.076 nats/token "
+        "\u00b7 80 steps \u00b7 181 s"
+    )
+
+
+def test_a_stream_that_holds_only_ascii_does_not_end_the_run() -> None:
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding="ascii")
+    RunConsole(1, stream).say(demo_line(SUMMARY))
+    assert raw.getvalue().decode("ascii").startswith("demo: accuracy 34.6% -> 90.5% (teacher")
+    assert encodable("\u4e2d", "ascii") == "\\u4e2d"
