@@ -1,16 +1,16 @@
 """The layout of a run directory. Paths only; who writes what is said beside each.
 
-    run.yaml                 the resolved recipe                              launch
-    environment.json         versions and platform                           launch
-    metrics.jsonl            one row a step                                   controller
-    rollouts.jsonl           rollouts shown with coloured tokens              controller
-    ledger.jsonl             prompt positions of every step                   controller
-    summary.json report.html the result                                       controller
-    checkpoints/step_000020/ commits                                          controller + learner
-    weights/v000020/         published Hugging Face directories, newest few   learner
-    logs/attempt_1/<role>/   output of every process; logs/latest             launch
-    attempts/1/              mailbox, step batches, endpoints, keys (0600)    launch, controller
-    run.lock                 held while the run is alive                      launch
+run.yaml                 the resolved recipe                              launch
+environment.json         versions and platform                           launch
+metrics.jsonl            one row a step                                   controller
+rollouts.jsonl           rollouts shown with coloured tokens              controller
+ledger.jsonl             prompt positions of every step                   controller
+summary.json report.html the result                                       controller
+checkpoints/step_000020/ commits                                          controller + learner
+weights/v000020/         published Hugging Face directories, newest few   learner
+logs/attempt_1/<role>/   output of every process; logs/latest             launch
+attempts/1/              mailbox, step batches, endpoints, keys (0600)    launch, controller
+run.lock                 held while the run is alive                      launch
 """
 
 from __future__ import annotations

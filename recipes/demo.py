@@ -1,4 +1,4 @@
-"""Two-digit addition with a written-out derivation: a tiny Qwen3 student learns from a tiny Qwen3 teacher on two CPU cores.
+"""Two-digit addition: a tiny, noisy Qwen3 student learns from a tiny Qwen3 teacher on two CPU cores.
 
 Reproduces, in small, the sampled-token reverse-KL result: a capable but noisy student reaches its teacher.
 """
@@ -18,21 +18,27 @@ from opd_megatron.config.schema import (
     TeacherConfig,
 )
 
-_SERVER = ServerConfig(context_length=64, max_total_tokens=16384, dtype="float32", request_timeout_s=60)
+_SERVER = ServerConfig(
+    context_length=64, max_total_tokens=16384, dtype="float32", request_timeout_s=60
+)
 
 
 def recipe() -> Recipe:
     return Recipe(
         device="cpu",
-        steps=80,
+        steps=60,
         student=StudentConfig(path="demo/student"),
         teachers={"main": TeacherConfig(path="demo/teacher", server=_SERVER)},
-        data=DataConfig(train="demo/train.jsonl", heldout="demo/heldout.jsonl", max_prompt_tokens=12),
-        rollout=RolloutConfig(max_new_tokens=24, server=_SERVER),
+        data=DataConfig(
+            train="demo/train.jsonl", heldout="demo/heldout.jsonl", max_prompt_tokens=12
+        ),
+        rollout=RolloutConfig(max_new_tokens=20, server=_SERVER),
         optimizer=OptimizerConfig(lr=1e-3),
-        batch=BatchConfig(prompts_per_step=32, rollouts_per_prompt=4, tokens_per_microbatch=4096),
+        batch=BatchConfig(prompts_per_step=64, rollouts_per_prompt=4, tokens_per_microbatch=4096),
         learner=LearnerConfig(tensor_parallel=2, precision="fp32"),
-        evaluation=EvaluationConfig(grader="column_addition", every=20, problems=96, kl_problems=32),
+        evaluation=EvaluationConfig(
+            grader="column_addition", every=20, problems=128, kl_problems=32
+        ),
         checkpoint=CheckpointConfig(every=20),
         observe=ObserveConfig(show_rollout_every=20),
     )

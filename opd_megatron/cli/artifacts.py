@@ -27,7 +27,9 @@ def report(run: RunArgument) -> None:
 def export(
     run: RunArgument,
     out: Annotated[Path, typer.Option("--out", help="New directory for the model.")],
-    step: Annotated[int | None, typer.Option("--step", help="Commit to export. Default: the newest.")] = None,
+    step: Annotated[
+        int | None, typer.Option("--step", help="Commit to export. Default: the newest.")
+    ] = None,
 ) -> None:
     """Write the student of a commit as a Hugging Face directory (safetensors, tokenizer, chat template)."""
     from opd_megatron.launch.export import export_commit

@@ -15,9 +15,12 @@ from opd_megatron.launch.preflight import check_inputs
 
 app = typer.Typer(help="The recipes that come with the project.", no_args_is_help=True)
 
-RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe name or path to a .py file.")]
+RecipeName = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="Recipe name or path to a .py file.")
+]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="Overrides, e.g. optimizer.lr=1e-4.")
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE ...]", help="Overrides, e.g. optimizer.lr=1e-4."),
 ]
 
 
@@ -34,7 +37,9 @@ def list_recipes() -> None:
 def show(
     name: RecipeName,
     overrides: Overrides = None,
-    changed: Annotated[bool, typer.Option("--changed", help="Only what differs from the defaults.")] = False,
+    changed: Annotated[
+        bool, typer.Option("--changed", help="Only what differs from the defaults.")
+    ] = False,
 ) -> None:
     """The fully resolved recipe as YAML."""
     recipe = apply_overrides(load_recipe(name)[0], overrides or [])

@@ -61,7 +61,8 @@ def evaluate(
     name: RecipeName,
     overrides: Overrides = None,
     model: Annotated[
-        Path | None, typer.Option("--model", help="Hugging Face directory. Default: the recipe's student.")
+        Path | None,
+        typer.Option("--model", help="Hugging Face directory. Default: the recipe's student."),
     ] = None,
     run_dir: RunDirOption = None,
 ) -> None:

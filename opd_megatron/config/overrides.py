@@ -77,7 +77,9 @@ def apply_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
             )
         wanted = leaf_type(key)
         if dataclasses.is_dataclass(wanted) or typing.get_origin(wanted) is dict:
-            raise ConfigError.of(key, text, "this is a section", f"override one of its keys: {key}.x=...")
+            raise ConfigError.of(
+                key, text, "this is a section", f"override one of its keys: {key}.x=..."
+            )
         try:
             config = typing.cast(
                 DictConfig, OmegaConf.merge(config, OmegaConf.from_dotlist([override]))
@@ -86,7 +88,9 @@ def apply_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
             name = wanted.__name__ if isinstance(wanted, type) else str(wanted)
             if isinstance(wanted, types.UnionType):
                 name = str(wanted)
-            raise ConfigError.of(key, text, f"must be {name}", f"e.g. {key}={_example(wanted)}") from error
+            raise ConfigError.of(
+                key, text, f"must be {name}", f"e.g. {key}={_example(wanted)}"
+            ) from error
     return typing.cast(Recipe, OmegaConf.to_object(config))
 
 
@@ -103,7 +107,9 @@ def from_mapping(values: dict[str, Any], source: str) -> Recipe:
     try:
         merged = OmegaConf.merge(_writable(Recipe()), OmegaConf.create(values))
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{source}: {str(error).splitlines()[0]}; it was written by another version") from error
+        raise ConfigError(
+            f"{source}: {str(error).splitlines()[0]}; it was written by another version"
+        ) from error
     return typing.cast(Recipe, OmegaConf.to_object(merged))
 
 
@@ -118,7 +124,7 @@ def leaves(recipe: Recipe) -> dict[str, Any]:
 
     def walk(prefix: str, value: Any) -> None:
         if isinstance(value, dict):
-            for name, child in value.items():
+            for name, child in typing.cast(dict[str, Any], value).items():
                 walk(f"{prefix}.{name}" if prefix else name, child)
         else:
             flat[prefix] = value
@@ -130,6 +136,4 @@ def leaves(recipe: Recipe) -> dict[str, Any]:
 def changed_leaves(old: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:
     """`{key: (old, new)}` for every leaf that differs; a leaf on one side only has None on the other."""
     a, b = leaves(old), leaves(new)
-    return {
-        key: (a.get(key), b.get(key)) for key in {**a, **b} if a.get(key) != b.get(key)
-    }
+    return {key: (a.get(key), b.get(key)) for key in {**a, **b} if a.get(key) != b.get(key)}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 from opd_megatron.config.schema import Recipe
 from opd_megatron.errors import ConfigError, did_you_mean
@@ -24,7 +24,7 @@ def _field_problems(section: Any, prefix: str) -> Iterator[str]:
         if dataclasses.is_dataclass(value):
             yield from _field_problems(value, f"{key}.")
         elif isinstance(value, dict):
-            for name, child in value.items():
+            for name, child in cast(dict[str, Any], value).items():
                 yield from _field_problems(child, f"{key}.{name}.")
         else:
             yield from _value_problems(key, value, field.metadata)

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
 from opd_megatron import __version__
+from opd_megatron.atomic import write_bytes
 from opd_megatron.config.overrides import from_mapping, to_mapping
 from opd_megatron.config.schema import Recipe
 from opd_megatron.errors import ConfigError
-from opd_megatron.atomic import write_bytes
 
 RUN_YAML = "run.yaml"
 
 
-def write_run_yaml(
-    path: Path, recipe: Recipe, recipe_file: Path, overrides: Sequence[str]
-) -> None:
+def write_run_yaml(path: Path, recipe: Recipe, recipe_file: Path, overrides: Sequence[str]) -> None:
     """Freeze the resolved recipe beside where it came from."""
     content = {
         "opd_megatron": __version__,
@@ -43,8 +41,11 @@ def read_run_yaml(path: Path) -> Recipe:
 def read_run_mapping(path: Path) -> dict[str, Any]:
     """The whole of run.yaml as plain values."""
     if not path.is_file():
-        raise ConfigError.of("run directory", str(path.parent), f"has no {path.name}", "check the path")
-    content = yaml.safe_load(path.read_text())
-    if not isinstance(content, dict) or not isinstance(content.get("recipe"), dict):
+        raise ConfigError.of(
+            "run directory", str(path.parent), f"has no {path.name}", "check the path"
+        )
+    loaded = yaml.safe_load(path.read_text())
+    content = cast(dict[str, Any], loaded) if isinstance(loaded, dict) else {}
+    if not isinstance(content.get("recipe"), dict):
         raise ConfigError(f"{path}: not a run.yaml; it must hold a mapping with the key 'recipe'")
     return content

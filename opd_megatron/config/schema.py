@@ -233,7 +233,7 @@ class Recipe:
     steps: int = number(100, 1)
     max_staleness: int = number(0, 0)
     student: StudentConfig = field(default_factory=StudentConfig)
-    teachers: dict[str, TeacherConfig] = field(default_factory=dict)
+    teachers: dict[str, TeacherConfig] = field(default_factory=dict[str, TeacherConfig])
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)

@@ -3,9 +3,9 @@
     checkpoints/.step_000020.tmp/     the learner writes model/ here, the controller controller.json
     checkpoints/step_000020/          the same, after manifest.json, fsync and rename: this is the commit
 
-`manifest.json` holds every file's size and SHA-256, the fingerprint of the recipe, and its own hash. Readers take the newest
-commit that verifies; a damaged one is named and skipped. Old commits go only after a newer one is durable. A run
-that has commits of which none verifies stops: it never restarts from fresh weights in silence.
+`manifest.json` holds every file's size and SHA-256, the fingerprint of the recipe, and its own hash. Readers take
+the newest commit that verifies; a damaged one is named and skipped. Old commits go only after a newer one is
+durable. A run that has commits of which none verifies stops: it never restarts from fresh weights in silence.
 """
 
 from __future__ import annotations
@@ -129,7 +129,9 @@ def verify(path: Path) -> Commit:
             )
         if sha256_file(file) != expected["sha256"]:
             raise CheckpointError(f"{path}: {name} was altered (SHA-256 differs from the manifest)")
-    return Commit(path, int(manifest["step"]), read_json(path / CONTROLLER), manifest["fingerprint"])
+    return Commit(
+        path, int(manifest["step"]), read_json(path / CONTROLLER), manifest["fingerprint"]
+    )
 
 
 def newest(root: Path, report: Callable[[str], None]) -> Commit | None:
@@ -151,7 +153,8 @@ def newest(root: Path, report: Callable[[str], None]) -> Commit | None:
             report(f"commit skipped: {error}")
     if steps:
         raise CheckpointError(
-            "no commit of this run verifies; restore one, or start a new run directory:\n" + "\n".join(damage)
+            "no commit of this run verifies; restore one, or start a new run directory:\n"
+            + "\n".join(damage)
         )
     return None
 

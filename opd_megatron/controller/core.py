@@ -33,8 +33,8 @@ from opd_megatron.controller.protocol import (
     Score,
     Scored,
     Started,
-    SyncWeights,
     Synced,
+    SyncWeights,
     Train,
     Trained,
 )

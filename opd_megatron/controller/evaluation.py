@@ -10,7 +10,7 @@ from opd_megatron.controller.roles import Roles
 from opd_megatron.data.chat import ChatTokenizer
 from opd_megatron.eval.evaluate import AccuracyResult, evaluate_accuracy, evaluate_kl, summarize
 from opd_megatron.eval.grading import Grader, check_answers, make_grader
-from opd_megatron.serving.client import SglangClient, Sampling
+from opd_megatron.serving.client import Sampling, SglangClient
 from opd_megatron.types import Prompt
 
 _SET = "eval/heldout"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from opd_megatron.config.schema import RolloutConfig
-from opd_megatron.serving.client import SglangClient, Sampling
+from opd_megatron.serving.client import Sampling, SglangClient
 from opd_megatron.types import Prompt, Rollout
 
 

@@ -27,7 +27,9 @@ class LearnerLink:
         self._number = 0
         self._lock = asyncio.Lock()
 
-    async def wait_ready(self, deadline_s: float, on_wait: Callable[[float], None]) -> dict[str, Any]:
+    async def wait_ready(
+        self, deadline_s: float, on_wait: Callable[[float], None]
+    ) -> dict[str, Any]:
         """Wait for every rank to be up; returns what the learner says of itself.
 
         Raises:

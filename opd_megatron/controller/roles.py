@@ -33,7 +33,9 @@ class Roles:
         return clients[position % len(clients)]
 
 
-def open_roles(recipe: Recipe, attempt: AttemptDir, vocab_size: int, stack: AsyncExitStack) -> Roles:
+def open_roles(
+    recipe: Recipe, attempt: AttemptDir, vocab_size: int, stack: AsyncExitStack
+) -> Roles:
     """Make a client for every server named in the endpoint file; `stack` closes them."""
     keys = read_keys(attempt.keys)
     endpoints = read_json(attempt.endpoints)
@@ -56,7 +58,8 @@ def open_roles(recipe: Recipe, attempt: AttemptDir, vocab_size: int, stack: Asyn
     return Roles(
         rollout=clients("rollout", recipe.rollout.server),
         teachers={
-            name: clients(f"teacher-{name}", teacher.server) for name, teacher in recipe.teachers.items()
+            name: clients(f"teacher-{name}", teacher.server)
+            for name, teacher in recipe.teachers.items()
         },
         learner=LearnerLink(attempt.mailbox, recipe.learner.step_timeout_s),
     )

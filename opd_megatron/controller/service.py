@@ -219,9 +219,7 @@ class Service:
             return protocol.Evaluated(action.step)
         begin = time.monotonic()
         metrics = await self.context.evaluator.evaluate(with_teacher=action.step == 0)
-        return protocol.Evaluated(
-            action.step, {**metrics, "perf/eval_s": time.monotonic() - begin}
-        )
+        return protocol.Evaluated(action.step, {**metrics, "perf/eval_s": time.monotonic() - begin})
 
     async def _save(self, action: protocol.Save) -> protocol.Event:
         begin = time.monotonic()
@@ -256,7 +254,9 @@ class Service:
         if trained:
             metrics |= self._perf | records.rollout_metrics(self._samples, step - 1)
             metrics |= records.speed_metrics(self._samples, self._perf)
-            metrics["teacher/latency_p95_s"] = self._latencies[int(0.95 * (len(self._latencies) - 1))]
+            metrics["teacher/latency_p95_s"] = self._latencies[
+                int(0.95 * (len(self._latencies) - 1))
+            ]
         if self._checkpoint_s:
             metrics["perf/checkpoint_s"], self._checkpoint_s = self._checkpoint_s, 0.0
         epoch = self._order.index_at(max(0, self.core.ledger.issued - 1))[0]

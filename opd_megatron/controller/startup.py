@@ -48,7 +48,9 @@ async def check_numerics(
     prompts = train.prompts[: recipe.preflight.samples]
     publisher.probes = [prompt.token_ids for prompt in prompts[:_PROBES]]
     delta = await publisher.push(await publisher.publish(version))
-    console.say(f"check: rollout servers hold weights v{version}, probe log-probs within {delta:.1e} nats")
+    console.say(
+        f"check: rollout servers hold weights v{version}, probe log-probs within {delta:.1e} nats"
+    )
     groups = await asyncio.gather(
         *(
             generate_group(
@@ -67,9 +69,7 @@ async def check_numerics(
     scores = await _as_teacher(roles, rollouts)
     learner = await _learner_logprobs(roles, rollouts, scores, attempt, version)
     tolerance = recipe.preflight.logprob_tolerance_nats
-    _compare(
-        "learner against rollout server", learner, _behavior(rollouts), tolerance, console
-    )
+    _compare("learner against rollout server", learner, _behavior(rollouts), tolerance, console)
     teacher = np.concatenate([score.sampled_logprobs for score in scores])
     if recipe.rollout.temperature == 1.0:
         _compare("student as its own teacher", learner, teacher, tolerance, console)

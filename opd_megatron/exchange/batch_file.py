@@ -187,6 +187,8 @@ def read_batch(path: Path, indices: Sequence[int] | None = None) -> BatchSlice:
             behavior_logprobs=cut("behavior_logprobs", response_offsets),
             teacher_logprobs=cut("teacher_logprobs", response_offsets),
             topk_ids=cut("topk_ids", response_offsets) if "topk_ids" in keys else None,
-            topk_logprobs=cut("topk_logprobs", response_offsets) if "topk_logprobs" in keys else None,
+            topk_logprobs=cut("topk_logprobs", response_offsets)
+            if "topk_logprobs" in keys
+            else None,
             versions=versions[list(chosen)].reshape(-1, 2),
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,7 +30,13 @@ from opd_megatron.launch.roles import (
     server_role,
     write_endpoints,
 )
-from opd_megatron.launch.supervisor import Interrupted, Supervisor, describe_exit, kill_attempt, tail
+from opd_megatron.launch.supervisor import (
+    Interrupted,
+    Supervisor,
+    describe_exit,
+    kill_attempt,
+    tail,
+)
 from opd_megatron.observe.environment import describe_environment
 from opd_megatron.rundir import RunDir
 from opd_megatron.serving.keys import new_keys, write_keys
@@ -50,7 +56,10 @@ def prepare_run_dir(
         read_run_mapping(run.run_yaml)
     elif run.run_yaml.exists():
         raise ConfigError.of(
-            "--run-dir", str(run.root), "holds a run already", "add --resume, or choose another directory"
+            "--run-dir",
+            str(run.root),
+            "holds a run already",
+            "add --resume, or choose another directory",
         )
     run.root.mkdir(parents=True, exist_ok=True)
     write_run_yaml(run.run_yaml, recipe, recipe_file, overrides)
@@ -93,7 +102,9 @@ def evaluate_local(
 ) -> int:
     """Evaluate the recipe's student here: servers only, no learner. Returns and raises as `run_local`."""
     if not recipe.data.heldout:
-        raise ConfigError.of("data.heldout", "", "evaluation needs held-out prompts", "set data.heldout=FILE")
+        raise ConfigError.of(
+            "data.heldout", "", "evaluation needs held-out prompts", "set data.heldout=FILE"
+        )
     with _claimed(recipe, recipe_file, overrides, run, False, say) as attempt:
         try:
             module = "opd_megatron.controller.evaluate_main"
@@ -111,7 +122,7 @@ def _claimed(
     run: RunDir,
     resume: bool,
     say: Say,
-) -> Iterator[int]:
+) -> Generator[int]:
     """Check everything, take the run directory, end what a killed attempt left, and number a new attempt."""
     check(recipe)
     check_inputs(recipe)
@@ -153,7 +164,9 @@ def _supervise(
         if with_learner:
             names.append(f"learner ({recipe.learner.world_size} ranks)")
             # The learner first: its world is the slowest to come up.
-            supervisor.start(learner_role(recipe, run, attempt))
+            mailbox = run.attempt(attempt).mailbox
+            log = run.role_logs(attempt, "learner") / "learner.log"
+            supervisor.start(learner_role(recipe, run.run_yaml, mailbox, log))
         say(f"starting {', '.join(names)}")
         for number, server in enumerate(servers):
             supervisor.start(server_role(server, recipe, run, attempt, number))

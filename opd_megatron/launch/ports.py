@@ -50,7 +50,9 @@ class PortReservations:
         ports = list(range(_FIRST, _LAST))
         random.SystemRandom().shuffle(ports)
         for port in ports[:500]:
-            handle = os.open(self._folder / str(port), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+            handle = os.open(
+                self._folder / str(port), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600
+            )
             if _lock(handle) and _is_free(port):
                 self._handles.append(handle)
                 return port

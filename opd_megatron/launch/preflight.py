@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from opd_megatron.config.schema import Recipe
 from opd_megatron.data.rows import RowScan, scan_rows
@@ -32,18 +32,27 @@ def read_model_config(directory: Path, key: str) -> dict[str, Any]:
     """
     if not directory.is_dir():
         raise ConfigError.of(
-            key, str(directory), "no such directory", "download the model and give the path of its folder"
+            key,
+            str(directory),
+            "no such directory",
+            "download the model and give the path of its folder",
         )
     if not any(directory.glob("*.safetensors")):
-        raise ConfigError.of(key, str(directory), "holds no .safetensors file", "convert the weights")
+        raise ConfigError.of(
+            key, str(directory), "holds no .safetensors file", "convert the weights"
+        )
     path = directory / "config.json"
     try:
         config = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise ConfigError.of(key, str(directory), f"config.json: {error}", "copy the model again") from error
+        raise ConfigError.of(
+            key, str(directory), f"config.json: {error}", "copy the model again"
+        ) from error
     if not isinstance(config, dict):
-        raise ConfigError.of(key, str(directory), "config.json is not an object", "copy the model again")
-    return config
+        raise ConfigError.of(
+            key, str(directory), "config.json is not an object", "copy the model again"
+        )
+    return cast(dict[str, Any], config)
 
 
 def _check_context(config: dict[str, Any], key: str, recipe: Recipe) -> None:

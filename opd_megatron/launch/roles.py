@@ -61,18 +61,17 @@ def server_role(
     return RoleCommand(server.role, command.argv, log, command.env)
 
 
-def learner_role(recipe: Recipe, run: RunDir, attempt: int) -> RoleCommand:
+def learner_role(recipe: Recipe, run_yaml: Path, mailbox: Path, log: Path) -> RoleCommand:
     """The torchrun world. One node; ranks on CPU use one thread and gloo on the loopback interface."""
     argv = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts", "0"),
         *("--nproc-per-node", str(recipe.learner.world_size)),
         *("-m", "opd_megatron.megatron.learner"),
-        *("--run-yaml", str(run.run_yaml), "--mailbox", str(run.attempt(attempt).mailbox)),
+        *("--run-yaml", str(run_yaml), "--mailbox", str(mailbox)),
     ]
     environment = {"PYTHONUNBUFFERED": "1"}
     if recipe.device == "cpu":
         environment |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    log = run.role_logs(attempt, "learner") / "learner.log"
     return RoleCommand("learner", argv, log, environment, grace_s=LEARNER_GRACE_S)
 
 

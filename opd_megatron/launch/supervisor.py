@@ -42,7 +42,7 @@ class RoleCommand:
     name: str
     argv: Sequence[str]
     log: Path
-    environment: Mapping[str, str] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict[str, str])
     to_console: bool = False
     grace_s: float = 0.0
 

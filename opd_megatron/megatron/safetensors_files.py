@@ -37,10 +37,9 @@ class ModelWeights:
     def __init__(self, model_path: Path) -> None:
         self.path = model_path
         index = model_path / INDEX_FILE
+        files = [WEIGHTS_FILE]
         if index.is_file():
             files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        else:
-            files = [WEIGHTS_FILE]
         self._files: dict[str, Any] = {}
         for name in files:
             try:

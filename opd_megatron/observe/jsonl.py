@@ -16,8 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from opd_megatron.atomic import write_bytes
 from opd_megatron.errors import DataError
-from opd_megatron.exchange.atomic import write_bytes
 
 Row = dict[str, Any]
 

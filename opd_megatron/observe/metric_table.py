@@ -99,6 +99,9 @@ METRICS: tuple[Metric, ...] = (
     Metric("offpolicy/masked_frac", "fraction", _MEAN, _LEARNER,
            "Share of response tokens whose importance ratio left the trusted interval, so that "
            "they do not train."),
+    Metric("offpolicy/truncated_frac", "fraction", _MEAN, _LEARNER,
+           "Share of response tokens whose importance weight was cut to the trusted interval "
+           "(truncated importance sampling only)."),
     Metric("offpolicy/ppl_drift", "ratio", _MEAN, _LEARNER,
            "Perplexity of the samples under the rollout server divided by that under the learner; "
            "1 means the engines agree."),

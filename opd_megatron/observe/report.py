@@ -17,8 +17,8 @@ import jinja2
 from markupsafe import Markup
 
 from opd_megatron import __version__
+from opd_megatron.atomic import write_bytes
 from opd_megatron.config.schema import Recipe, TeacherConfig
-from opd_megatron.exchange.atomic import write_bytes
 from opd_megatron.observe.coloring import BINS, ColoredRollout, rollout_html
 from opd_megatron.observe.formats import human_count, human_duration, human_value
 from opd_megatron.observe.metric_table import METRICS

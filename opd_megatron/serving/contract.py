@@ -161,8 +161,12 @@ def parse_score(
     rows = _rows(field, meta.get("input_token_logprobs"), len(response_ids) + 1)
     if rows[0][0] is not None:
         broken(f"{field}[0]", rows[0], "must carry no log-prob: nothing precedes it")
-    _equal(f"{field}[0] id", rows[0][1], prompt_ids[-1])
-    logprobs = _logprobs(field, rows[1:], response_ids)
+    _equal(f"{field}[0] id", _echoed(rows[0][1], prompt_ids[-1], vocab_size), prompt_ids[-1])
+    scored = [
+        [row[0], _echoed(row[1], sent, vocab_size)]
+        for row, sent in zip(rows[1:], response_ids, strict=True)
+    ]
+    logprobs = _logprobs(field, scored, response_ids)
     version = parse_version("meta_info.weight_version", meta.get("weight_version"))
     if topk == 0:
         return ScoredResponse(logprobs, version)
@@ -175,6 +179,15 @@ def parse_version(field: str, value: Any) -> int:
     if not isinstance(value, str) or not value.isascii() or not value.isdigit():
         broken(field, value, "must be a decimal weight version")
     return int(value)
+
+
+def _echoed(seen: Any, sent: int, vocab_size: int) -> Any:
+    """The echoed id, with one known quirk undone.
+
+    SGLang's logprob_result_processor echoes the last id of the vocabulary of an *input* as 0 (its guard
+    against ids of image tokens is off by one); the log-prob itself is the right token's.
+    """
+    return sent if sent == vocab_size - 1 and seen == 0 and _is_int(seen) else seen
 
 
 def _equal(field: str, seen: Any, wanted: Any) -> None:

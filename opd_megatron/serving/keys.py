@@ -12,8 +12,8 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
+from opd_megatron.atomic import read_json, write_json
 from opd_megatron.errors import ConfigError
-from opd_megatron.exchange.atomic import read_json, write_json
 
 # 32 random bytes; SGLang compares keys in constant time, so their length is all that protects them.
 _KEY_BYTES = 32

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron_tiny import write_model, write_samples
+from megatron_tiny import LAYOUTS, LAYOUTS_4, LENGTHS, write_model, write_samples
 
 from opd_megatron.config.schema import (
     BatchConfig,
@@ -325,31 +325,6 @@ def broken_gradient_case(model_path: Path, batch: Path, **learner: Any) -> dict[
         "healthy_why_not": healthy.why_not_applied,
         "steps": state.optimizer_step,
     }
-
-
-LAYOUTS: dict[str, dict[str, Any]] = {
-    "dp2": {},
-    "dp2_distributed_optimizer": {"distributed_optimizer": True},
-    "tp2": {"tensor_parallel": 2},
-    "tp2_sequence_parallel": {"tensor_parallel": 2, "sequence_parallel": True},
-    "tp2_recompute": {"tensor_parallel": 2, "recompute": True},
-    "pp2": {"pipeline_parallel": 2},
-    "cp2": {"context_parallel": 2},
-}
-LAYOUTS_4: dict[str, dict[str, Any]] = {
-    "tp2_pp2_sp": {"tensor_parallel": 2, "pipeline_parallel": 2, "sequence_parallel": True},
-    "tp2_cp2_sp": {"tensor_parallel": 2, "context_parallel": 2, "sequence_parallel": True},
-    "pp2_dp2_distributed_optimizer": {"pipeline_parallel": 2, "distributed_optimizer": True},
-    "tp2_dp2": {"tensor_parallel": 2},
-    "cp2_dp2": {"context_parallel": 2},
-    "pp4": {"pipeline_parallel": 4},
-}
-# Uneven documents with an empty response; then one sample, so that data-parallel rank 1 has no
-# token.
-LENGTHS = [
-    [(3, 9), (5, 1), (2, 20), (7, 0), (1, 14), (4, 4), (9, 17), (2, 2), (6, 11), (3, 0)],
-    [(4, 12)],
-]
 
 
 def layouts(work: Path) -> dict[str, Any]:

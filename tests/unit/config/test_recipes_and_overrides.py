@@ -68,9 +68,9 @@ def test_a_mistyped_override_is_explained(demo: Recipe, override: str, words: li
         (["optimizer.lr=nan"], "optimizer.lr=nan: must be finite"),
         (["steps=0"], "steps=0: must be at least 1"),
         (["rollout.max_new_tokens=100"], "lower rollout.max_new_tokens to 51"),
-        (["batch.tokens_per_microbatch=16"], "raise it to at least 36"),
+        (["batch.tokens_per_microbatch=16"], "raise it to at least 32"),
         (["learner.sequence_parallel=true", "learner.tensor_parallel=1"], "sequence_parallel"),
-        (["learner.data_parallel=200"], "more ranks than the 128 samples"),
+        (["learner.data_parallel=300"], "more ranks than the 256 samples"),
         (["correction.low=1.5"], "must contain 1"),
         (["max_staleness=1"], "strictly on-policy"),
         (["rollout.top_p=0.9"], "untruncated distribution"),
@@ -78,9 +78,7 @@ def test_a_mistyped_override_is_explained(demo: Recipe, override: str, words: li
         (["teachers.main.path=''"], "teachers.main.path=''"),
     ],
 )
-def test_a_broken_rule_is_named_with_its_fix(
-    demo: Recipe, overrides: list[str], word: str
-) -> None:
+def test_a_broken_rule_is_named_with_its_fix(demo: Recipe, overrides: list[str], word: str) -> None:
     found = problems(apply_overrides(demo, overrides))
     assert any(word in problem for problem in found), found
 
@@ -129,5 +127,5 @@ def test_run_yaml_with_a_key_of_another_version_is_refused(demo: Recipe, tmp_pat
 
 def test_leaves_cover_every_field(demo: Recipe) -> None:
     flat = leaves(demo)
-    assert flat["batch.prompts_per_step"] == 32
+    assert flat["batch.prompts_per_step"] == 64
     assert flat["teachers.main.server.context_length"] == 64

@@ -97,6 +97,8 @@ def test_a_changed_configuration_is_refused_key_by_key(tmp_path: Path) -> None:
     assert found is not None
     commit.refuse_changes(found, {**MARKS, "steps": 100}, allowed={"steps"})
     with pytest.raises(CheckpointError) as raised:
-        commit.refuse_changes(found, {**MARKS, "optimizer.lr": 1e-4, "data": "abd"}, allowed={"steps"})
+        commit.refuse_changes(
+            found, {**MARKS, "optimizer.lr": 1e-4, "data": "abd"}, allowed={"steps"}
+        )
     assert "optimizer.lr: 0.001 -> 0.0001" in str(raised.value)
     assert "data: 'abc' -> 'abd'" in str(raised.value)

@@ -53,7 +53,9 @@ def wait_until(condition, seconds: float = 10.0) -> None:
         time.sleep(0.02)
 
 
-def test_the_exit_code_of_the_main_process_is_returned_and_the_rest_is_ended(tmp_path: Path) -> None:
+def test_the_exit_code_of_the_main_process_is_returned_and_the_rest_is_ended(
+    tmp_path: Path,
+) -> None:
     identity = uuid.uuid4().hex
     with Supervisor(identity) as supervisor:
         supervisor.start(role("server", NESTED, tmp_path))

@@ -1,1 +1,0 @@
-from opd_megatron.atomic import *  # noqa: F403
