@@ -164,17 +164,14 @@ def summarize(
         "truncated_frac_after": last.get(f"{_EVAL}truncated_frac"),
         "attempts": attempt,
         "peak_memory_gib": max(peaks) if peaks else None,
-        "prompts": {
+        "ledger": {
             "issued": ledger.issued,
             "trained": ledger.trained,
             "rejected": dict(ledger.rejected),
             "in_flight": len(ledger.in_flight),
         },
-        "data_rows": {
-            "usable": len(train),
-            "rejected": train.rejected,
-            "rejected_examples": list(train.rejected_examples),
-        },
+        "data": {"train": {"rows": len(train), "rejected": train.rejected}},
+        "rejected_row_examples": list(train.rejected_examples),
     }
 
 

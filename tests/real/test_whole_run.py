@@ -90,7 +90,7 @@ def test_a_killed_run_goes_on_and_trains_every_prompt_once(finished: tuple[Path,
     positions = [position for row in ledger for position in row["positions"]]
     assert sorted(positions) == list(range(32))
     summary = json.loads((run / "summary.json").read_text())
-    assert summary["prompts"] == {"issued": 32, "trained": 32, "rejected": {}, "in_flight": 0}
+    assert summary["ledger"] == {"issued": 32, "trained": 32, "rejected": {}, "in_flight": 0}
     assert summary["attempts"] == 2
 
 

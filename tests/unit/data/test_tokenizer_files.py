@@ -30,7 +30,9 @@ def swap_tokens(directory: Path, first: str, second: str) -> None:
 
 
 def test_equal_tokenizers_pass(tmp_path: Path) -> None:
-    compare_tokenizers(make(tmp_path / "s"), make(tmp_path / "t"))
+    student, teacher = make(tmp_path / "s"), make(tmp_path / "t")
+    compare_tokenizers(student, teacher)
+    assert tokenizer_fingerprint(student).digest == tokenizer_fingerprint(teacher).digest
 
 
 def test_first_differing_id_is_named(tmp_path: Path) -> None:
