@@ -9,6 +9,12 @@ JOBS ?= 2
 # Overrides for the recipe, e.g. `make demo ARGS="steps=20 learner.tensor_parallel=1"`.
 ARGS ?=
 
+# What `make bench-loss` runs on: cpu or cuda.
+DEVICE ?= cpu
+
+# For `make test-gpu`: .venv holds a torch without CUDA, so this is an environment of your own.
+GPU_PYTHON ?= python3
+
 BIN := .venv/bin
 UV_VERSION := 0.13.8
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
@@ -34,9 +40,13 @@ test: install ## Run the whole CPU suite
 test-slow: install ## Run the tests that take minutes each
 	$(PYTEST) -m "slow and not gpu" --durations=0
 
+.PHONY: test-megatron-latest
+test-megatron-latest: ## Run the learner's tests on the newest Megatron-Core (Python 3.12, own environment)
+	@scripts/megatron_latest.sh $(ARGS)
+
 .PHONY: test-gpu
-test-gpu: install ## Run the tests that need a CUDA device
-	$(PYTEST) -m "gpu" --durations=10
+test-gpu: ## Run the loss tests on one CUDA device; GPU_PYTHON is a Python with torch, triton and pytest
+	$(GPU_PYTHON) -m pytest -q tests/gpu --durations=10
 
 .PHONY: check
 check: install ## Lint, format, types, import layers, unit tests: about a minute
@@ -50,6 +60,11 @@ check: install ## Lint, format, types, import layers, unit tests: about a minute
 format: install ## Apply the formatter and the safe lint fixes
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+.PHONY: bench-loss
+bench-loss: install ## Measure the loss against the packaged peers; DEVICE=cuda where there is one (ARGS=--quick)
+	@benchmarks/peers.sh
+	$(BIN)/python -m benchmarks.loss --device $(DEVICE) --write-docs $(ARGS)
 
 .PHONY: install-launch
 install-launch: install ## Add NeMo-Run to .venv (the extra `launch`)
@@ -69,5 +84,5 @@ production-pins: uv ## Prove that the production pins resolve, for x86_64 and aa
 
 .PHONY: clean
 clean: ## Remove .venv and caches; runs/ stays
-	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-peers .venv-megatron-latest build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

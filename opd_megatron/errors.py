@@ -7,6 +7,7 @@ Everything else (an uncaught exception, exit code 1) is a defect of this project
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 EXIT_DONE = 0
@@ -60,6 +61,21 @@ class NumericsError(OpdError):
     """Log-probs of two engines, or a loss, are not what they must be; retrying will not help."""
 
     exit_code = EXIT_CONFIG
+
+
+class StorageError(OpdError):
+    """A file could not be written: no space, over quota, read-only. Commits made before are whole."""
+
+    _NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+
+    @classmethod
+    def of(cls, error: OSError) -> StorageError | None:
+        """What an operating system error says about storage, or None when it is about something else."""
+        if error.errno not in cls._NUMBERS:
+            return None
+        where = error.filename if error.filename is not None else "a file of the run"
+        notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+        return cls(f"{where}: {error.strerror}{notes}; make room, then go on with --resume")
 
 
 class CheckpointError(OpdError):

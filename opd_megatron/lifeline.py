@@ -1,23 +1,79 @@
-"""Processes that do not outlive the one that started them, even when it dies by SIGKILL (Linux)."""
+"""Signs of life between processes (Linux): dying with a parent, adopting orphans, and a heartbeat file.
+
+A process that hangs does not die, so the kernel says nothing. The heartbeat is a file whose modification time its
+owner changes every second; a watcher counts how long it has stood still, by its own clock, since file systems
+and machines disagree about the time.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
 
+BEAT_S = 1.0
 _PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+# A watcher that was itself suspended must not take its own absence for its ward's.
+_LONGEST_LOOK_S = 2.0
+
+
+def _prctl(option: int, value: int, name: str) -> None:
+    if ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), f"prctl({name}) failed")
 
 
 def die_with_parent(expected_parent: int | None = None) -> None:
-    """Ask the kernel to SIGKILL this process when its parent dies.
+    """Ask the kernel to SIGKILL this process when the thread that started it ends.
 
     Args:
         expected_parent: pid that started this process; when it is already gone (the race between fork and this
             call) the process ends at once.
     """
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, "PR_SET_PDEATHSIG")
     if expected_parent is not None and os.getppid() != expected_parent:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def adopt_orphans(adopt: bool) -> None:
+    """Become (or cease to be) the process that orphaned descendants are handed to, instead of PID 1."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, int(adopt), "PR_SET_CHILD_SUBREAPER")
+
+
+def beat(path: Path) -> None:
+    """Show that this process is alive."""
+    path.touch()
+
+
+class Pulse:
+    """How long a heartbeat file has stood still.
+
+    Args:
+        path: the file; it may not exist yet.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
+        self._path = path
+        self._clock = clock
+        self._seen = self._read()
+        self._looked = clock()
+        self._still_s = 0.0
+
+    def _read(self) -> int | None:
+        try:
+            return self._path.stat().st_mtime_ns
+        except FileNotFoundError:
+            return None
+
+    def still_s(self) -> float:
+        """Seconds without a beat, as far as this process was there to see; call it often."""
+        now, seen = self._clock(), self._read()
+        self._still_s += min(now - self._looked, _LONGEST_LOOK_S)
+        self._looked = now
+        if seen != self._seen:
+            self._seen, self._still_s = seen, 0.0
+        return self._still_s

@@ -5,6 +5,7 @@ environment.json         versions and platform                           launch
 metrics.jsonl            one row a step                                   controller
 rollouts.jsonl           rollouts shown with coloured tokens              controller
 ledger.jsonl             prompt positions of every step                   controller
+inputs.json              prompt files: rows used and refused              controller
 summary.json report.html the result                                       controller
 checkpoints/step_000020/ commits                                          controller + learner
 weights/v000020/         published Hugging Face directories, newest few   learner
@@ -15,8 +16,30 @@ run.lock                 held while the run is alive                      launch
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
+
+from opd_megatron.errors import ConfigError
+
+
+def make_folder(path: Path, key: str) -> None:
+    """Make a folder and its parents; one that exists is fine.
+
+    Args:
+        key: the option that named it, for the message.
+
+    Raises:
+        ConfigError: it cannot be made, or not be written.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError.of(
+            key, str(path), f"cannot be made: {error.strerror}", "choose another directory"
+        ) from error
+    if not os.access(path, os.W_OK):
+        raise ConfigError.of(key, str(path), "may not be written", "choose another directory")
 
 
 @dataclass(frozen=True)
@@ -46,6 +69,10 @@ class RunDir:
         return self.root / "ledger.jsonl"
 
     @property
+    def inputs(self) -> Path:
+        return self.root / "inputs.json"
+
+    @property
     def summary(self) -> Path:
         return self.root / "summary.json"
 
@@ -60,6 +87,10 @@ class RunDir:
     @property
     def weights(self) -> Path:
         return self.root / "weights"
+
+    def published(self) -> list[Path]:
+        """Published weights still on disk, oldest first."""
+        return sorted(self.weights.glob("v[0-9]*"))
 
     @property
     def lock(self) -> Path:
@@ -108,3 +139,13 @@ class AttemptDir:
     @property
     def identity(self) -> Path:
         return self.root / "attempt_id"
+
+    @property
+    def heartbeat(self) -> Path:
+        """Touched by the controller every second."""
+        return self.root / "heartbeat"
+
+    @property
+    def finishing(self) -> Path:
+        """Made by the controller once all work is committed: the other roles may end from then on."""
+        return self.root / "finishing"

@@ -64,7 +64,18 @@ class TeacherScores:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A rollout with its teacher scores: one unit of a step batch."""
+    """A rollout with its teacher scores: one unit of a step batch.
+
+    `trainable` [L] bool is False for tokens that are masked for what they are (special tokens); None trains
+    all. `reward` is the graded response, in [0, 1], when the recipe has a task term.
+    """
 
     rollout: Rollout
     scores: TeacherScores
+    trainable: NDArray[np.bool_] | None = None
+    reward: float | None = None
+
+    @property
+    def group(self) -> str:
+        """Samples of one prompt share it: the sample id without its number."""
+        return self.rollout.sample_id.rpartition("#")[0]

@@ -72,6 +72,7 @@ PY
 }
 
 check_machine
+[[ -w . ]] || refuse "$PWD may not be written; copy the project to a folder of your own"
 mkdir -p "$VENV"
 exec 9>"$VENV/.install-lock"
 flock 9 # two `make` at once: the second waits, then finds the work done

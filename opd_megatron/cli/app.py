@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from opd_megatron.cli import artifacts, recipes, runs
-from opd_megatron.errors import EXIT_CONFIG, OpdError
+from opd_megatron.cli import artifacts, objectives, recipes, runs
+from opd_megatron.errors import EXIT_CONFIG, OpdError, StorageError
 
 _USAGE_ERROR = 2
 
@@ -23,6 +23,7 @@ app = typer.Typer(
 app.command("run")(runs.run)
 app.command("validate")(recipes.validate)
 app.add_typer(recipes.app, name="recipes")
+app.command("objectives")(objectives.objectives)
 app.command("eval")(runs.evaluate)
 app.command("report")(artifacts.report)
 app.command("export")(artifacts.export)
@@ -48,6 +49,12 @@ def main(argv: list[str] | None = None) -> None:
     except OpdError as error:
         print(f"opd: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:
+        storage = StorageError.of(error)
+        if storage is None:
+            raise
+        print(f"opd: {storage}", file=sys.stderr)
+        sys.exit(storage.exit_code)
     except SystemExit as stop:
         # Typer ends a usage error with 2; here every mistake a user can fix is one code.
         sys.exit(EXIT_CONFIG if stop.code == _USAGE_ERROR else stop.code)

@@ -7,11 +7,12 @@ from typing import Annotated
 import typer
 import yaml
 
-from opd_megatron.config.overrides import apply_overrides, changed_leaves, to_mapping
-from opd_megatron.config.recipes import find_recipes, load_recipe
+from opd_megatron.cli.objectives import describe_loss
+from opd_megatron.config.overrides import changed_leaves, to_mapping
+from opd_megatron.config.recipes import find_recipes, load_recipe, resolve_recipe
 from opd_megatron.config.rules import check
 from opd_megatron.config.schema import Recipe
-from opd_megatron.launch.preflight import check_inputs
+from opd_megatron.launch.preflight import check_inputs, check_learner
 
 app = typer.Typer(help="The recipes that come with the project.", no_args_is_help=True)
 
@@ -42,7 +43,7 @@ def show(
     ] = False,
 ) -> None:
     """The fully resolved recipe as YAML."""
-    recipe = apply_overrides(load_recipe(name)[0], overrides or [])
+    recipe, _ = resolve_recipe(name, overrides or [])
     if changed:
         for key, (default, value) in changed_leaves(Recipe(), recipe).items():
             typer.echo(f"{key}: {value!r}  (default {default!r})")
@@ -51,9 +52,14 @@ def show(
 
 
 def validate(name: RecipeName, overrides: Overrides = None) -> None:
-    """Check a recipe, its model directories, tokenizers and data, without starting anything."""
-    recipe = apply_overrides(load_recipe(name)[0], overrides or [])
+    """Check a recipe, its models' layout, tokenizers and data, without starting anything.
+
+    Not checked here: what needs the tokenizer itself (prompts that are too long or that it can not encode, which a
+    run counts and rejects at its start), and this machine (`opd doctor`).
+    """
+    recipe, _ = resolve_recipe(name, overrides or [])
     check(recipe)
+    check_learner(recipe)
     facts = check_inputs(recipe)
     for line in describe(recipe):
         typer.echo(line)
@@ -62,9 +68,11 @@ def validate(name: RecipeName, overrides: Overrides = None) -> None:
         refused = scan.rejections.by_reason
         reasons = ", ".join(f"{reason} {count}" for reason, count in refused.items())
         typer.echo(
-            f"{scan.key}: {len(scan.rows)} of {scan.num_rows} rows usable"
+            f"{scan.key}: {len(scan.rows)} of {scan.num_rows} rows well formed"
             + (f"; rejected: {reasons}" if reasons else "")
         )
+        for example in scan.rejections.examples:
+            typer.echo(f"  {example}")
     typer.echo(f"tokenizer: {facts.vocab_size} ids, the same for student and teachers")
     typer.echo("valid")
 
@@ -78,9 +86,7 @@ def describe(recipe: Recipe) -> list[str]:
     )
     return [
         f"recipe {recipe.name}: {recipe.summary}",
-        f"objective {recipe.objective.divergence} ({recipe.objective.estimator}), discount "
-        f"{recipe.objective.discount:g}, {recipe.correction.kind} importance sampling "
-        f"[{recipe.correction.low:g}, {recipe.correction.high:g}]",
+        *describe_loss(recipe),
         f"batch {batch.prompts_per_step} prompts x {batch.rollouts_per_prompt} rollouts = "
         f"{batch.samples_per_step} samples a step, {recipe.steps} steps",
         f"learner {layout} = {learner.world_size} ranks, {learner.precision}, {recipe.device}",

@@ -10,8 +10,11 @@ from typing import Annotated
 import typer
 
 from opd_megatron.cli.recipes import Overrides, RecipeName, describe
-from opd_megatron.config.overrides import apply_overrides
-from opd_megatron.config.recipes import load_recipe
+from opd_megatron.config.recipes import override_recipe, resolve_recipe
+from opd_megatron.config.resume import refuse_other_run
+from opd_megatron.config.rules import check
+from opd_megatron.config.run_yaml import read_run_mapping, read_run_yaml
+from opd_megatron.config.schema import Recipe
 from opd_megatron.errors import ConfigError
 from opd_megatron.rundir import RunDir
 
@@ -40,40 +43,87 @@ def run(
     overrides: Overrides = None,
     run_dir: RunDirOption = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the last commit in --run-dir.")
+        bool,
+        typer.Option("--resume", help="Go on with the run in --run-dir, as its run.yaml says."),
     ] = False,
 ) -> None:
     """Run a recipe on this machine."""
+    overrides = list(overrides or [])
     if resume and run_dir is None:
         raise ConfigError.of("--resume", True, "needs to know which run", "add --run-dir DIR")
-    recipe, path = load_recipe(name)
-    recipe = apply_overrides(recipe, overrides or [])
+    if resume and run_dir is not None:
+        recipe, path, overrides = _started(RunDir(run_dir.resolve()), name, overrides)
+    else:
+        recipe, path = resolve_recipe(name, overrides)
+    check(recipe)
     from opd_megatron.launch.local import run_local
 
     run_directory = RunDir((run_dir or default_run_dir(recipe.name)).resolve())
     for line in describe(recipe):
         _say(line)
     _say(f"run directory {run_directory.root}")
-    sys.exit(run_local(recipe, path, overrides or [], run_directory, resume, _say))
+    sys.exit(run_local(recipe, path, overrides, run_directory, resume, _say))
+
+
+def _started(run: RunDir, name: str, overrides: list[str]) -> tuple[Recipe, Path, list[str]]:
+    """What a run was started as, with more overrides on top: recipe, recipe file, all overrides."""
+    content = read_run_mapping(run.run_yaml)
+    started = read_run_yaml(run.run_yaml)
+    # The recipe file may be gone or edited since; only its name says whether this is the run that was meant.
+    if started.name not in (name, Path(name).stem):
+        raise ConfigError.of(
+            "RECIPE", name, f"the run in {run.root} is of {started.name!r}", f"say {started.name}"
+        )
+    resumed = override_recipe(started, overrides)
+    refuse_other_run(started, resumed)
+    return resumed, Path(content["recipe_file"]), [*content["overrides"], *overrides]
+
+
+def _recipe_or_run(
+    name: str, overrides: list[str], model: Path | None
+) -> tuple[Recipe, Path, list[str]]:
+    """What to evaluate: a recipe's student, or the newest weights of a run; `model` takes their place."""
+    run = RunDir(Path(name).resolve())
+    if not run.run_yaml.is_file():
+        if model is not None:
+            overrides = [*overrides, f"student.path={model.resolve()}"]
+        return *resolve_recipe(name, overrides), overrides
+    published = run.published()
+    if model is None and not published:
+        raise ConfigError.of(
+            "RECIPE or RUN",
+            name,
+            "this run has published no weights yet",
+            "wait for its first step",
+        )
+    overrides = [*overrides, f"student.path={(model or published[-1]).resolve()}"]
+    return override_recipe(read_run_yaml(run.run_yaml), overrides), run.run_yaml, overrides
 
 
 def evaluate(
-    name: RecipeName,
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE|RUN",
+            help="Recipe name or path, or a run directory: its newest weights.",
+        ),
+    ],
     overrides: Overrides = None,
     model: Annotated[
         Path | None,
-        typer.Option("--model", help="Hugging Face directory. Default: the recipe's student."),
+        typer.Option("--model", help="Hugging Face directory to evaluate instead."),
     ] = None,
     run_dir: RunDirOption = None,
 ) -> None:
-    """Held-out accuracy of a model and its KL to the teacher, with the recipe's evaluation settings."""
-    recipe, path = load_recipe(name)
-    overrides = list(overrides or [])
-    if model is not None:
-        overrides.append(f"student.path={model.resolve()}")
-    recipe = apply_overrides(recipe, overrides)
+    """Held-out accuracy of a model and its KL to the teacher, with the recipe's evaluation settings.
+
+    Writes a run directory of its own, with eval.json.
+    """
+    recipe, path, overrides = _recipe_or_run(name, list(overrides or []), model)
+    check(recipe)
     from opd_megatron.launch.local import evaluate_local
 
     directory = RunDir((run_dir or default_run_dir(f"eval-{recipe.name}")).resolve())
+    _say(f"evaluating {recipe.student.path}")
     _say(f"run directory {directory.root}")
     sys.exit(evaluate_local(recipe, path, overrides, directory, _say))

@@ -80,9 +80,11 @@ def apply_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
             raise ConfigError.of(
                 key, text, "this is a section", f"override one of its keys: {key}.x=..."
             )
+        # OmegaConf reads nothing as null; for text it means the empty string.
+        written = f"{key}=''" if wanted is str and not text.strip() else override
         try:
             config = typing.cast(
-                DictConfig, OmegaConf.merge(config, OmegaConf.from_dotlist([override]))
+                DictConfig, OmegaConf.merge(config, OmegaConf.from_dotlist([written]))
             )
         except OmegaConfBaseException as error:
             name = wanted.__name__ if isinstance(wanted, type) else str(wanted)
@@ -108,7 +110,8 @@ def from_mapping(values: dict[str, Any], source: str) -> Recipe:
         merged = OmegaConf.merge(_writable(Recipe()), OmegaConf.create(values))
     except OmegaConfBaseException as error:
         raise ConfigError(
-            f"{source}: {str(error).splitlines()[0]}; it was written by another version"
+            f"{source}: {error.full_key or 'recipe'}: {str(error).splitlines()[0]}; "
+            f"undo the edit, or use the version that wrote the file"
         ) from error
     return typing.cast(Recipe, OmegaConf.to_object(merged))
 

@@ -1,7 +1,7 @@
 """Finding and loading recipes: `recipes/NAME.py` in a source tree, the copy inside an installed wheel, or a path.
 
-A recipe file defines `recipe() -> Recipe` and has a docstring. Relative model and data paths are taken
-relative to the recipe file, so a copied recipe keeps working.
+A recipe file defines `recipe() -> Recipe` and has a docstring. Relative model and data paths in it are relative to
+the file, so a copied recipe keeps working; those in an override are relative to the current directory.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
+from opd_megatron.config.overrides import apply_overrides
 from opd_megatron.config.schema import Recipe
 from opd_megatron.errors import ConfigError, did_you_mean
 
@@ -18,9 +20,12 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def recipe_folders() -> tuple[Path, ...]:
-    """Folders searched for recipes: the source tree's `recipes/`, else the wheel's copy."""
-    candidates = (_PACKAGE.parent / "recipes", _PACKAGE / "_recipes")
-    return tuple(folder for folder in candidates if folder.is_dir())
+    """Folder searched for recipes: the copy inside an installed wheel, else the source tree's `recipes/`.
+
+    Only a wheel has the copy. Beside an installed package lies site-packages, where a `recipes` may be anybody's.
+    """
+    candidates = (_PACKAGE / "_recipes", _PACKAGE.parent / "recipes")
+    return tuple(folder for folder in candidates if folder.is_dir())[:1]
 
 
 def find_recipes() -> dict[str, Path]:
@@ -42,7 +47,12 @@ def locate_recipe(name: str) -> Path:
     if name.endswith(".py") or os.sep in name:
         path = Path(name)
         if not path.is_file():
-            raise ConfigError.of("RECIPE", name, "no such file", "give a recipe name or a path")
+            raise ConfigError.of(
+                "RECIPE",
+                name,
+                "no such recipe file",
+                "give the path of a .py file, or a recipe name",
+            )
         return path.resolve()
     known = find_recipes()
     if name not in known:
@@ -81,10 +91,30 @@ def load_recipe(name: str) -> tuple[Recipe, Path]:
     return resolve_paths(value, path.parent), path
 
 
+def resolve_recipe(name: str, overrides: Sequence[str]) -> tuple[Recipe, Path]:
+    """A recipe by name or path with overrides applied, and its file.
+
+    Raises:
+        ConfigError: as `load_recipe` and `apply_overrides`.
+    """
+    recipe, path = load_recipe(name)
+    return override_recipe(recipe, overrides), path
+
+
+def override_recipe(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """Apply overrides; paths in them are relative to the current directory, `~` is the home directory.
+
+    Raises:
+        ConfigError: as `apply_overrides`.
+    """
+    return resolve_paths(apply_overrides(recipe, overrides), Path.cwd())
+
+
 def resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
     """Make relative model and data paths absolute when they exist below `folder`."""
 
     def absolute(path: str) -> str:
+        path = os.path.expanduser(path)
         if path and not os.path.isabs(path) and (folder / path).exists():
             return str((folder / path).resolve())
         return path

@@ -25,7 +25,8 @@ def _field_problems(section: Any, prefix: str) -> Iterator[str]:
             yield from _field_problems(value, f"{key}.")
         elif isinstance(value, dict):
             for name, child in cast(dict[str, Any], value).items():
-                yield from _field_problems(child, f"{key}.{name}.")
+                if dataclasses.is_dataclass(child):
+                    yield from _field_problems(child, f"{key}.{name}.")
         else:
             yield from _value_problems(key, value, field.metadata)
 
@@ -69,6 +70,16 @@ def _lengths(recipe: Recipe) -> Iterator[str]:
         f"teachers.{name}.server": teacher.server for name, teacher in recipe.teachers.items()
     }
     for key, server in servers.items():
+        if server.max_total_tokens == 0 and recipe.device == "cpu":
+            yield (
+                f"{key}.max_total_tokens=0: on a CPU the cache would take the machine's memory; "
+                f"set it, e.g. {key}.max_total_tokens=16384"
+            )
+        elif 0 < server.max_total_tokens < longest:
+            yield (
+                f"{key}.max_total_tokens={server.max_total_tokens}: the longest possible sample has "
+                f"{longest} tokens; raise it to at least {longest}, or 0 on a GPU"
+            )
         # SGLang reserves one position for the token after the last one.
         room = server.context_length - 1
         if longest > room:
@@ -93,10 +104,62 @@ def _learner(recipe: Recipe) -> Iterator[str]:
             "learner.sequence_parallel=True: needs learner.tensor_parallel > 1; "
             "set learner.sequence_parallel=false"
         )
+    if learner.virtual_pipeline > 1 and learner.pipeline_parallel == 1:
+        yield (
+            f"learner.virtual_pipeline={learner.virtual_pipeline}: needs learner.pipeline_parallel > 1; "
+            f"set learner.virtual_pipeline=1"
+        )
     if recipe.batch.samples_per_step < learner.data_parallel:
         yield (
             f"learner.data_parallel={learner.data_parallel}: more ranks than the "
             f"{recipe.batch.samples_per_step} samples of a step; lower it or raise batch.prompts_per_step"
+        )
+
+
+def _precision(recipe: Recipe) -> Iterator[str]:
+    learner = recipe.learner
+    bf16_layers = {
+        f"learner.{key}": getattr(learner, key)
+        for key in ("fp8_bf16_first_layers", "fp8_bf16_last_layers")
+    }
+    if learner.precision != "fp8":
+        for key, value in bf16_layers.items():
+            if value:
+                yield (
+                    f"{key}={value}: learner.precision={learner.precision!r} has no FP8 layer; set it to 0 or "
+                    f"learner.precision=fp8"
+                )
+        return
+    if recipe.device == "cpu":
+        yield (
+            "learner.precision='fp8': device='cpu' has no FP8 kernels; set learner.precision=bf16 or device=cuda"
+        )
+    if learner.fp8_recipe == "delayed" and any(bf16_layers.values()):
+        yield (
+            "learner.fp8_recipe='delayed': Megatron-Core keeps no layer in bf16 with it; set "
+            f"{' and '.join(bf16_layers)} to 0 or take another recipe"
+        )
+
+
+def _schedule(recipe: Recipe) -> Iterator[str]:
+    config = recipe.optimizer
+    if config.schedule == "constant":
+        for key in ("decay_steps", "min_lr"):
+            if value := getattr(config, key):
+                yield (
+                    f"optimizer.{key}={value!r}: a constant schedule does not use it; set optimizer.{key}=0 "
+                    f"or optimizer.schedule to linear or cosine"
+                )
+        return
+    end = config.decay_steps or recipe.steps
+    if config.warmup_steps >= end:
+        yield (
+            f"optimizer.warmup_steps={config.warmup_steps}: the {config.schedule} decay ends at step {end} "
+            f"(optimizer.decay_steps, or steps when that is 0); lower it or raise the end"
+        )
+    if config.min_lr > config.lr:
+        yield (
+            f"optimizer.min_lr={config.min_lr!r}: must be at most optimizer.lr={config.lr!r}; lower it"
         )
 
 
@@ -123,7 +186,7 @@ def _objective(recipe: Recipe) -> Iterator[str]:
 def problems(recipe: Recipe) -> list[str]:
     """Every violated rule, as one line each: key, value seen, rule, fix."""
     found = list(_field_problems(recipe, ""))
-    for rule in (_required, _lengths, _learner, _objective):
+    for rule in (_required, _lengths, _learner, _precision, _schedule, _objective):
         found.extend(rule(recipe))
     return found
 

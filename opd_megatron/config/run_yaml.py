@@ -44,7 +44,10 @@ def read_run_mapping(path: Path) -> dict[str, Any]:
         raise ConfigError.of(
             "run directory", str(path.parent), f"has no {path.name}", "check the path"
         )
-    loaded = yaml.safe_load(path.read_text())
+    try:
+        loaded = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not readable as YAML: {error}; undo the edit") from error
     content = cast(dict[str, Any], loaded) if isinstance(loaded, dict) else {}
     if not isinstance(content.get("recipe"), dict):
         raise ConfigError(f"{path}: not a run.yaml; it must hold a mapping with the key 'recipe'")

@@ -28,7 +28,8 @@ class ServerConfig:
     num_servers: int = number(1, 1)
     tensor_parallel: int = number(1, 1)
     context_length: int = number(4096, 8)
-    max_total_tokens: int = number(65536, 64)
+    # Tokens in the KV cache. 0: the server takes what mem_fraction_static leaves, which is for GPUs.
+    max_total_tokens: int = number(0, 0)
     dtype: str = choice("bfloat16", "float32", "bfloat16", "float16")
     mem_fraction_static: float = number(0.8, 0.01, 0.98)
     start_timeout_s: float = number(300.0, 1)
@@ -48,6 +49,9 @@ class TeacherConfig:
     """A frozen model that scores what the student wrote."""
 
     path: str = ""
+    # Student token -> teacher token that mean the same, by their text; in the teacher's scores the two swap places.
+    # For a Base student under an Instruct teacher: {"<|endoftext|>": "<|im_end|>"}.
+    aliases: dict[str, str] = field(default_factory=dict[str, str])
     server: ServerConfig = field(default_factory=ServerConfig)
 
 
@@ -75,11 +79,24 @@ class RolloutConfig:
     server: ServerConfig = field(default_factory=ServerConfig)
 
 
+SUPPORTS = (
+    "teacher_topk",
+    "student_topk",
+    "union",
+    "intersection",
+    "symmetric_difference",
+    "teacher_topk_plus_sampled",
+    "full",
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
     """What is minimised. `reverse_kl` = KL(student || teacher), in words: student against teacher.
 
-    Which (divergence, estimator) pairs are proven and which need `allow_biased`: docs/losses.md.
+    `estimator` says how: from the sampled token (`policy_gradient` and the value forms), or from a set of
+    tokens at every position (`support_matching`, `topk_surrogate`). `opd objectives` lists what exists, what is
+    proven and what needs `allow_biased`.
     """
 
     divergence: str = choice(
@@ -101,14 +118,70 @@ class ObjectiveConfig:
         "k3_as_advantage",
         "k2_differentiated",
         "k3_differentiated",
+        "support_matching",
+        "topk_surrogate",
     )
+    # Of the two support estimators: which tokens, how many of each side, what happens to the mass outside.
+    support: str = choice("teacher_topk", *SUPPORTS)
+    topk: int = number(64, 1)
+    measure: str = choice("tail_bucket", "tail_bucket", "renormalized", "raw", "generalized")
+    # Find the student's own top-K too, to report how much of the teacher's it shares.
+    report_overlap: bool = False
+    # Of `topk_surrogate`.
+    token_weights: str = choice("student_p", "student_p", "teacher_p", "none")
     # Of the teacher in the mixture of `jsd`; between 0 and 1, both excluded.
     jsd_teacher_weight: float = number(0.5, 0.0, 1.0)
     # Order of `alpha` and `tsallis`; above 0 and not 1.
     alpha: float = number(0.5, 0.0, 2.0)
+    # Multiplies the distillation term: the KL coefficient of RL + OPD.
+    coefficient: float = number(1.0, 0.0)
     entropy_bonus: float = number(0.0, 0.0)
+    # 0: every position descends its own divergence. 1: the divergence of whole responses.
     discount: float = number(0.0, 0.0, 1.0)
+    normalization: str = choice("token_mean", "token_mean", "sequence_mean")
+    # Special tokens of the tokenizer that do not train: none, all, or all but those that end a response.
+    mask_special_tokens: str = choice("none", "none", "all", "all_but_end")
+    # PPO bounds around 1; they act from the second update on a batch (batch.updates_per_step > 1).
+    clip_low: float = number(0.2, 0.0, 1.0)
+    clip_high: float = number(0.2, 0.0)
     allow_biased: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """A task reward beside the distillation term: `coefficient` times the advantage of a graded response.
+
+    0 is pure distillation. `grader` is one of the evaluation's graders; the prompts need an `answer`.
+    """
+
+    coefficient: float = number(0.0, 0.0)
+    grader: str = "exact_match"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WhiteningConfig:
+    """Zero mean and unit variance within a scope, and of which term.
+
+    `of`: `task` whitens the task advantage alone (group: as GRPO does); `distillation` the distillation term alone;
+    `sum` both together. The last two take away the mean of the distillation term, which is the divergence that is
+    to go down, and need `objective.allow_biased`.
+    """
+
+    scope: str = choice("none", "none", "sample", "group", "batch")
+    of: str = choice("task", "task", "distillation", "sum")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilterConfig:
+    """Train only on tokens whose score lies in [low, high) percent of the step's tokens; 100 has no upper bound.
+
+    Scores: `kl` (log pi - log q of the sampled token), `student_entropy`, `teacher_entropy` (of the teacher's
+    top-K with the rest as one entry: a lower bound).
+    """
+
+    score: str = choice("none", "none", "kl", "student_entropy", "teacher_entropy")
+    low: float = number(0.0, 0.0, 100.0)
+    high: float = number(100.0, 0.0, 100.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,17 +189,18 @@ class CorrectionConfig:
     """Importance weight between the rollout engine and the learner, for the same weights.
 
     `masked` (IcePop): tokens whose ratio leaves [low, high] get weight 0; `truncated`: the ratio is clipped;
-    `none`: weight 1.
+    `none`: weight 1. `level`: the ratio of the token, of its whole response, or their geometric mean.
     """
 
     kind: str = choice("masked", "none", "masked", "truncated")
+    level: str = choice("token", "token", "sequence", "geometric_mean")
     low: float = number(0.5, 0.0)
     high: float = number(2.0, 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW."""
+    """AdamW. The learning rate's formula is in megatron/schedule.py; `decay_steps` 0 means the run's `steps`."""
 
     lr: float = number(1e-6, 0.0, 1.0)
     beta1: float = number(0.9, 0.0, 1.0)
@@ -134,7 +208,10 @@ class OptimizerConfig:
     eps: float = number(1e-8, 0.0)
     weight_decay: float = number(0.0, 0.0)
     clip_grad: float = number(1.0, 0.0)
-    schedule: str = choice("constant", "constant")
+    schedule: str = choice("constant", "constant", "linear", "cosine")
+    warmup_steps: int = number(0, 0)
+    decay_steps: int = number(0, 0)
+    min_lr: float = number(0.0, 0.0, 1.0)
     max_bad_steps: int = number(3, 1)
 
 
@@ -145,6 +222,8 @@ class BatchConfig:
     prompts_per_step: int = number(32, 1)
     rollouts_per_prompt: int = number(4, 1)
     tokens_per_microbatch: int = number(4096, 8)
+    # Optimizer updates on every step batch, each on the whole of it.
+    updates_per_step: int = number(1, 1, 64)
 
     @property
     def samples_per_step(self) -> int:
@@ -157,12 +236,21 @@ class LearnerConfig:
 
     tensor_parallel: int = number(1, 1)
     pipeline_parallel: int = number(1, 1)
+    # Model chunks per pipeline stage; above 1 the schedule is interleaved 1F1B.
+    virtual_pipeline: int = number(1, 1)
     context_parallel: int = number(1, 1)
     data_parallel: int = number(1, 1)
     sequence_parallel: bool = False
     distributed_optimizer: bool = False
     recompute: bool = False
-    precision: str = choice("bf16", "fp32", "bf16")
+    # How the loss meets the vocabulary (megatron/output_head.py), and what computes its rows.
+    loss_mode: str = choice("in_place", "stored", "in_place", "chunked", "recompute")
+    loss_backend: str = choice("auto", "auto", "torch", "compiled", "triton")
+    # fp8: the linear layers of transformer blocks, through Transformer Engine; the head stays in bf16.
+    precision: str = choice("bf16", "fp32", "bf16", "fp8")
+    fp8_recipe: str = choice("current", "delayed", "current", "blockwise", "mxfp8")
+    fp8_bf16_first_layers: int = number(0, 0)
+    fp8_bf16_last_layers: int = number(0, 0)
     start_timeout_s: float = number(300.0, 1)
     step_timeout_s: float = number(1800.0, 1)
 
@@ -174,6 +262,13 @@ class LearnerConfig:
             * self.context_parallel
             * self.data_parallel
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControllerConfig:
+    """The controller process. `hang_timeout_s`: how long its heartbeat may stand still before the run is ended."""
+
+    hang_timeout_s: float = number(300.0, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,10 +332,14 @@ class Recipe:
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    whitening: WhiteningConfig = field(default_factory=WhiteningConfig)
+    filter: FilterConfig = field(default_factory=FilterConfig)
     correction: CorrectionConfig = field(default_factory=CorrectionConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
+    controller: ControllerConfig = field(default_factory=ControllerConfig)
     weight_sync: WeightSyncConfig = field(default_factory=WeightSyncConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

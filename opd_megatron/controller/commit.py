@@ -49,6 +49,14 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def _readable_hash(path: Path) -> str:
+    """`sha256_file` of a file that may be on a failing disk."""
+    try:
+        return sha256_file(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+
+
 def _body_hash(body: dict[str, Any]) -> str:
     text = json.dumps(body, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
@@ -63,11 +71,13 @@ def _files(folder: Path) -> list[Path]:
 
 
 def begin(root: Path, step: int) -> Path:
-    """Make the empty temporary folder of a commit and return it; what an earlier try left there is removed."""
-    root.mkdir(parents=True, exist_ok=True)
+    """Make the empty temporary folder of a commit and return it; what earlier tries left is removed."""
+    if not root.is_dir():
+        root.mkdir(parents=True)
+        fsync_dir(root.parent)
+    for left in root.glob(".step_*.tmp"):
+        shutil.rmtree(left)
     temporary = root / f".{_name(step)}.tmp"
-    if temporary.exists():
-        shutil.rmtree(temporary)
     (temporary / MODEL).mkdir(parents=True)
     return temporary
 
@@ -75,7 +85,11 @@ def begin(root: Path, step: int) -> Path:
 def finish(
     root: Path, step: int, state: dict[str, Any], fingerprint: dict[str, Any], keep: int
 ) -> Path:
-    """Turn the temporary folder into a commit, then remove commits older than the newest `keep`."""
+    """Turn the temporary folder into a commit, then remove commits older than the newest `keep`.
+
+    Commits of later steps are removed too: a run that is at `step` went on from an older commit because they were
+    damaged, and they must not be counted among the ones to keep.
+    """
     temporary = root / f".{_name(step)}.tmp"
     write_json(temporary / CONTROLLER, state)
     files = {}
@@ -93,8 +107,10 @@ def finish(
         shutil.rmtree(final)
     temporary.rename(final)
     fsync_dir(root)
-    for old in committed_steps(root)[:-keep]:
-        shutil.rmtree(root / _name(old))
+    steps = committed_steps(root)
+    ours = [s for s in steps if s <= step]
+    for other in set(steps) - set(ours[-keep:]):
+        shutil.rmtree(root / _name(other))
     return final
 
 
@@ -102,7 +118,8 @@ def committed_steps(root: Path) -> list[int]:
     """Steps that have a commit folder, ascending; not verified."""
     if not root.is_dir():
         return []
-    return sorted(int(p.name[5:]) for p in root.iterdir() if p.name.startswith("step_"))
+    names = (p.name.removeprefix("step_") for p in root.iterdir() if p.name.startswith("step_"))
+    return sorted(int(name) for name in names if name.isdigit())
 
 
 def verify(path: Path) -> Commit:
@@ -127,7 +144,7 @@ def verify(path: Path) -> Commit:
             raise CheckpointError(
                 f"{path}: {name} has {file.stat().st_size} bytes, the manifest says {expected['bytes']}"
             )
-        if sha256_file(file) != expected["sha256"]:
+        if _readable_hash(file) != expected["sha256"]:
             raise CheckpointError(f"{path}: {name} was altered (SHA-256 differs from the manifest)")
     return Commit(
         path, int(manifest["step"]), read_json(path / CONTROLLER), manifest["fingerprint"]

@@ -117,6 +117,11 @@ class Core:
                 self.saved_step = event.step
                 return self._after_step()
 
+    @property
+    def nothing_left(self) -> bool:
+        """The commit that this attempt goes on from was the last one: only the summary may be missing."""
+        return self.settings.steps <= self.step == self.saved_step <= self.evaluated_step
+
     # ------------------------------------------------------------ one group of rollouts
 
     def _issue(self) -> Generate:
@@ -177,8 +182,8 @@ class Core:
 
     def _trained(self, event: Trained) -> list[Action]:
         if event.applied:
+            self._metrics = {**event.metrics, "train/skipped": float(self.bad_steps)}
             self.bad_steps = 0
-            self._metrics = event.metrics
             return [SyncWeights(event.step)]
         self.bad_steps += 1
         for position in self._training:

@@ -12,12 +12,16 @@ from opd_megatron.atomic import write_json
 from opd_megatron.config.run_yaml import read_run_yaml
 from opd_megatron.config.schema import Recipe
 from opd_megatron.controller.evaluation import Evaluator
+from opd_megatron.controller.heartbeat import beating
 from opd_megatron.controller.roles import open_roles, wait_for_servers
 from opd_megatron.data.chat import load_chat_tokenizer
 from opd_megatron.data.prompts import load_prompts
 from opd_megatron.errors import EXIT_DONE, OpdError
 from opd_megatron.observe.console import RunConsole
+from opd_megatron.observe.formats import human_value
+from opd_megatron.observe.metric_table import METRICS_BY_NAME
 from opd_megatron.rundir import RunDir
+from opd_megatron.teacher.aliases import aliases_of
 
 
 async def run_evaluation(recipe: Recipe, run: RunDir, attempt: int) -> None:
@@ -29,17 +33,28 @@ async def run_evaluation(recipe: Recipe, run: RunDir, attempt: int) -> None:
     async with AsyncExitStack() as stack:
         roles = open_roles(recipe, run.attempt(attempt), tokenizer.vocab_size, stack)
         await wait_for_servers(recipe, roles, console)
-        evaluator = Evaluator(recipe, roles, tokenizer, heldout.prompts)
+        evaluator = Evaluator(recipe, roles, tokenizer, heldout.prompts, aliases_of(recipe))
         metrics = await evaluator.evaluate(with_teacher=True)
-    settings = recipe.evaluation
-    console.say(
-        f"{min(settings.problems, len(heldout))} problems x {settings.samples_per_problem} samples, "
-        f"temperature {settings.temperature:g}, at most {recipe.rollout.max_new_tokens} new tokens"
-    )
+    settings = {
+        "problems": min(recipe.evaluation.problems, len(heldout)),
+        "samples_per_problem": recipe.evaluation.samples_per_problem,
+        "temperature": recipe.evaluation.temperature,
+        "max_new_tokens": recipe.rollout.max_new_tokens,
+        "grader": recipe.evaluation.grader,
+        "kl_problems": recipe.evaluation.kl_problems,
+    }
+    console.say(" ".join(f"{name}={value}" for name, value in settings.items()))
     for name, value in metrics.items():
-        console.say(f"{name} {value:.4f}")
-    write_json(run.root / "eval.json", {"model": recipe.student.path, **metrics})
+        console.say(f"{name} {human_value(value, METRICS_BY_NAME[name].unit)}")
+    write_json(
+        run.root / "eval.json", {"model": recipe.student.path, "settings": settings, **metrics}
+    )
     console.say(f"wrote {run.root / 'eval.json'}")
+
+
+async def _run(recipe: Recipe, run: RunDir, attempt: int) -> None:
+    async with beating(run.attempt(attempt).heartbeat):
+        await run_evaluation(recipe, run, attempt)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -49,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     run = RunDir(arguments.run_dir)
     try:
-        asyncio.run(run_evaluation(read_run_yaml(run.run_yaml), run, arguments.attempt))
+        asyncio.run(_run(read_run_yaml(run.run_yaml), run, arguments.attempt))
     except OpdError as error:
         print(f"opd: {error}", flush=True)
         return error.exit_code

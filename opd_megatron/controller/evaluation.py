@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from opd_megatron.config.schema import Recipe
 from opd_megatron.controller.roles import Roles
@@ -11,6 +11,7 @@ from opd_megatron.data.chat import ChatTokenizer
 from opd_megatron.eval.evaluate import AccuracyResult, evaluate_accuracy, evaluate_kl, summarize
 from opd_megatron.eval.grading import Grader, check_answers, make_grader
 from opd_megatron.serving.client import Sampling, SglangClient
+from opd_megatron.teacher.aliases import TokenAliases
 from opd_megatron.types import Prompt
 
 _SET = "eval/heldout"
@@ -21,10 +22,16 @@ class Evaluator:
 
     Args:
         prompts: the held-out set; its first `evaluation.problems` are used.
+        aliases: of each teacher.
     """
 
     def __init__(
-        self, recipe: Recipe, roles: Roles, tokenizer: ChatTokenizer, prompts: Sequence[Prompt]
+        self,
+        recipe: Recipe,
+        roles: Roles,
+        tokenizer: ChatTokenizer,
+        prompts: Sequence[Prompt],
+        aliases: Mapping[str, TokenAliases],
     ) -> None:
         self.settings = recipe.evaluation
         self.grader: Grader = make_grader(recipe.evaluation.grader)
@@ -36,6 +43,7 @@ class Evaluator:
             temperature=self.settings.temperature, max_new_tokens=recipe.rollout.max_new_tokens
         )
         self._teacher = next(iter(recipe.teachers))
+        self._aliases = aliases.get(self._teacher, TokenAliases())
         self._count = 0
 
     async def evaluate(self, with_teacher: bool) -> dict[str, float]:
@@ -91,6 +99,7 @@ class Evaluator:
             self._roles.teachers[self._teacher][0],
             rollouts,
             self._tokenizer.vocab_size,
+            self._aliases,
         )
         metrics = {f"{_SET}/kl_reverse": result.reverse}
         if result.forward is not None:

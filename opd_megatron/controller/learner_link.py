@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from opd_megatron.atomic import read_json
-from opd_megatron.errors import EXIT_CONFIG, NumericsError, OpdError, RoleDied
+from opd_megatron.errors import EXIT_CONFIG, ConfigError, OpdError, RoleDied
 from opd_megatron.exchange import mailbox
 
 
@@ -34,10 +34,15 @@ class LearnerLink:
 
         Raises:
             RoleDied: not ready in time.
+            OpdError: a rank failed on its way, with its exit code.
         """
         start = time.monotonic()
         path = self.folder / mailbox.READY
         while not path.exists():
+            # A rank that fails before the first command posts that as the answer to it.
+            failure = mailbox.read_answer(self.folder, 1)
+            if failure is not None:
+                raise _failure("start", failure)
             waited = time.monotonic() - start
             if waited > deadline_s:
                 raise RoleDied(
@@ -67,7 +72,16 @@ class LearnerLink:
                     )
                 await asyncio.sleep(mailbox.POLL_S)
         if not answer["ok"]:
-            error = answer["error"]
-            wanted = NumericsError if error["exit_code"] == EXIT_CONFIG else OpdError
-            raise wanted(f"learner, {kind}: {error['type']}: {error['message']}")
+            raise _failure(kind, answer)
         return answer["result"]
+
+    def tell_to_stop(self) -> None:
+        """Let the ranks end; nothing waits for it, since everything that counts is committed."""
+        mailbox.post_command(self.folder, self._number + 1, "stop")
+
+
+def _failure(kind: str, answer: dict[str, Any]) -> OpdError:
+    """What the learner answered in place of a result. 78 stays 78: a retry would fail in the same way."""
+    error = answer["error"]
+    wanted = ConfigError if error["exit_code"] == EXIT_CONFIG else OpdError
+    return wanted(f"learner, {kind}: {error['type']}: {error['message']}")

@@ -11,59 +11,42 @@ import asyncio
 import sys
 import time
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from opd_megatron.atomic import write_json
 from opd_megatron.config.overrides import leaves
+from opd_megatron.config.resume import may_change
 from opd_megatron.config.run_yaml import read_run_yaml
 from opd_megatron.config.schema import Recipe
 from opd_megatron.controller import commit, records
 from opd_megatron.controller.core import Core, CoreSettings
 from opd_megatron.controller.evaluation import Evaluator
+from opd_megatron.controller.heartbeat import beating
 from opd_megatron.controller.publishing import Publisher
 from opd_megatron.controller.roles import open_roles, wait_for_learner, wait_for_servers
+from opd_megatron.controller.samples import SampleMaker
 from opd_megatron.controller.service import Context, Service
 from opd_megatron.controller.startup import check_numerics
 from opd_megatron.data.chat import ChatTokenizer, load_chat_tokenizer
 from opd_megatron.data.prompts import PromptSet, load_prompts
-from opd_megatron.errors import EXIT_DONE, ConfigError, OpdError
+from opd_megatron.data.tokenizer_files import tokenizer_fingerprint
+from opd_megatron.errors import EXIT_DONE, ConfigError, OpdError, StorageError
 from opd_megatron.observe.console import RunConsole, demo_line
 from opd_megatron.observe.report import render_report
 from opd_megatron.rundir import RunDir
-
-# What may differ between a commit and the run that goes on from it: nothing that changes what is learned.
-_MAY_CHANGE = (
-    "steps",
-    "learner.",
-    "observe.",
-    "checkpoint.",
-    "preflight.",
-    "evaluation.every",
-    "weight_sync.",
-    "summary",
-    "student.path",
-    "data.train",
-    "data.heldout",
-    "batch.tokens_per_microbatch",
-    "rollout.server.",
-)
+from opd_megatron.teacher.aliases import TokenAliases, aliases_of
 
 
 def fingerprint(recipe: Recipe, train: PromptSet, tokenizer: ChatTokenizer) -> dict[str, Any]:
-    """What makes a run the same run: every recipe value, and the content of its data and vocabulary."""
+    """What makes a run the same run: every recipe value, and the content of its data and tokenizer."""
     return {
         **leaves(recipe),
         "data.train (content)": train.content_hash,
         "student vocabulary": tokenizer.vocab_size,
-    }
-
-
-def may_change(keys: set[str]) -> set[str]:
-    """Keys of a fingerprint that a resumed attempt may change."""
-    return {
-        key
-        for key in keys
-        if key.startswith(_MAY_CHANGE) or (key.startswith("teachers.") and ".path" not in key)
+        # Also for an equal number of tokens: texts, ids and end tokens.
+        "student tokenizer (content)": tokenizer_fingerprint(Path(recipe.student.path)).digest,
     }
 
 
@@ -79,8 +62,19 @@ def core_settings(recipe: Recipe) -> CoreSettings:
     )
 
 
-def load_data(recipe: Recipe) -> tuple[ChatTokenizer, PromptSet, PromptSet | None]:
-    """The student's tokenizer, the training prompts, the held-out prompts."""
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads: the student's tokenizer, prompts, token aliases by teacher, and what identifies the run."""
+
+    tokenizer: ChatTokenizer
+    train: PromptSet
+    heldout: PromptSet | None
+    aliases: dict[str, TokenAliases]
+    fingerprint: dict[str, Any]
+
+
+def load_inputs(recipe: Recipe) -> Inputs:
+    """Read tokenizer and prompts."""
     tokenizer = load_chat_tokenizer(Path(recipe.student.path))
     teachers = tuple(recipe.teachers)
     train = load_prompts(Path(recipe.data.train), recipe.data, teachers, tokenizer)
@@ -88,7 +82,8 @@ def load_data(recipe: Recipe) -> tuple[ChatTokenizer, PromptSet, PromptSet | Non
     if recipe.data.heldout:
         path = Path(recipe.data.heldout)
         heldout = load_prompts(path, recipe.data, teachers, tokenizer, "data.heldout")
-    return tokenizer, train, heldout
+    marks = fingerprint(recipe, train, tokenizer)
+    return Inputs(tokenizer, train, heldout, aliases_of(recipe), marks)
 
 
 async def run_controller(recipe: Recipe, run: RunDir, attempt_number: int) -> None:
@@ -96,12 +91,41 @@ async def run_controller(recipe: Recipe, run: RunDir, attempt_number: int) -> No
     console = RunConsole(recipe.steps)
     attempt = run.attempt(attempt_number)
     began = attempt.identity.stat().st_mtime
-    newest = commit.newest(run.checkpoints, console.say)
-    tokenizer, train, heldout = load_data(recipe)
-    marks = fingerprint(recipe, train, tokenizer)
+    # In a thread: hashing a large commit or reading many prompts must not stop the heartbeat.
+    newest = await asyncio.to_thread(commit.newest, run.checkpoints, console.say)
+    inputs = await asyncio.to_thread(load_inputs, recipe)
+    account = records.account_for_inputs(inputs.train, inputs.heldout)
+    write_json(run.inputs, account)
+    for line in records.input_lines(account):
+        console.say(line)
     if newest is not None:
+        marks = inputs.fingerprint
         commit.refuse_changes(newest, marks, may_change(set(marks) | set(newest.fingerprint)))
     core = Core(core_settings(recipe), newest.state if newest else None)
+    if not core.nothing_left:
+        await _train(recipe, run, attempt_number, console, core, newest, inputs)
+    # All work is committed: from here on the supervisor minds no other process.
+    attempt.finishing.touch()
+    summary = records.summarize(recipe, run, core.ledger, attempt_number, time.time() - began)
+    records.write_summary(run.summary, summary)
+    report = render_report(run.root)
+    console.say(f"report {report}")
+    if summary["accuracy_before"] is not None and summary["kl_before"] is not None:
+        console.say(demo_line(summary))
+
+
+async def _train(
+    recipe: Recipe,
+    run: RunDir,
+    attempt_number: int,
+    console: RunConsole,
+    core: Core,
+    newest: commit.Commit | None,
+    inputs: Inputs,
+) -> None:
+    """Wait for the roles, bring everyone to the commit's weights, check numerics, run the service to its end."""
+    attempt = run.attempt(attempt_number)
+    tokenizer, train, aliases = inputs.tokenizer, inputs.train, inputs.aliases
     async with AsyncExitStack() as stack:
         roles = open_roles(recipe, attempt, tokenizer.vocab_size, stack)
         await asyncio.gather(
@@ -119,8 +143,8 @@ async def run_controller(recipe: Recipe, run: RunDir, attempt_number: int) -> No
             console.say(f"resumed from {newest.path.name}")
         await check_numerics(recipe, roles, publisher, train, attempt, core.version, console)
         evaluator = None
-        if heldout is not None:
-            evaluator = Evaluator(recipe, roles, tokenizer, heldout.prompts)
+        if inputs.heldout is not None:
+            evaluator = Evaluator(recipe, roles, tokenizer, inputs.heldout.prompts, aliases)
         recorded = core.step if newest is not None else -1
         book = records.Records(run, attempt_number, recorded)
         stack.callback(book.close)
@@ -133,20 +157,25 @@ async def run_controller(recipe: Recipe, run: RunDir, attempt_number: int) -> No
             train=train,
             evaluator=evaluator,
             publisher=publisher,
+            sample_maker=SampleMaker(recipe, tokenizer, aliases),
             records=book,
             console=console,
-            fingerprint=marks,
+            fingerprint=inputs.fingerprint,
         )
         await Service(context, core).run()
-        await roles.learner.ask("stop")
-    summary = records.summarize(
-        recipe, run, core.ledger, train, attempt_number, time.time() - began
-    )
-    records.write_summary(run.summary, summary)
-    report = render_report(run.root)
-    console.say(f"report {report}")
-    if summary["accuracy_before"] is not None and summary["kl_before"] is not None:
-        console.say(demo_line(summary))
+        # Before the learner is told, so that its end is never taken for a death.
+        attempt.finishing.touch()
+        roles.learner.tell_to_stop()
+
+
+async def _run(recipe: Recipe, run: RunDir, attempt_number: int) -> None:
+    async with beating(run.attempt(attempt_number).heartbeat):
+        await run_controller(recipe, run, attempt_number)
+
+
+def _report_error(error: OpdError) -> int:
+    print(f"opd: {error}", flush=True)
+    return error.exit_code
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -156,10 +185,14 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     run = RunDir(arguments.run_dir)
     try:
-        asyncio.run(run_controller(read_run_yaml(run.run_yaml), run, arguments.attempt))
+        asyncio.run(_run(read_run_yaml(run.run_yaml), run, arguments.attempt))
     except OpdError as error:
-        print(f"opd: {error}", flush=True)
-        return error.exit_code
+        return _report_error(error)
+    except OSError as error:
+        storage = StorageError.of(error)
+        if storage is None:
+            raise
+        return _report_error(storage)
     return EXIT_DONE
 
 

@@ -142,8 +142,35 @@ def run_seconds(rows: Sequence[Mapping[str, Any]], attempt: int, attempt_s: floa
     return attempt_s + sum(max(times) - min(times) for times in earlier.values())
 
 
+def account_for_inputs(train: PromptSet, heldout: PromptSet | None) -> dict[str, Any]:
+    """Content of inputs.json: of each prompt file, the rows that are used and the refused ones by reason."""
+    files = {"data.train": train} | ({} if heldout is None else {"data.heldout": heldout})
+    return {
+        key: {
+            "file": str(prompts.path),
+            "rows": len(prompts) + sum(prompts.rejected.values()),
+            "used": len(prompts),
+            "rejected": prompts.rejected,
+            "examples": list(prompts.rejected_examples),
+        }
+        for key, prompts in files.items()
+    }
+
+
+def input_lines(inputs: Mapping[str, Any]) -> list[str]:
+    """The same for the console, one line a file."""
+    lines = []
+    for key, account in inputs.items():
+        rejected = ", ".join(f"{reason} {count}" for reason, count in account["rejected"].items())
+        lines.append(
+            f"{key}: {account['used']} of {account['rows']} rows used"
+            + (f"; rejected: {rejected} (see inputs.json)" if rejected else "")
+        )
+    return lines
+
+
 def summarize(
-    recipe: Recipe, run: RunDir, ledger: Ledger, train: PromptSet, attempt: int, attempt_s: float
+    recipe: Recipe, run: RunDir, ledger: Ledger, attempt: int, attempt_s: float
 ) -> dict[str, Any]:
     """Content of summary.json. A figure that was not measured is null."""
     rows = read_rows(run.metrics)
@@ -170,8 +197,6 @@ def summarize(
             "rejected": dict(ledger.rejected),
             "in_flight": len(ledger.in_flight),
         },
-        "data": {"train": {"rows": len(train), "rejected": train.rejected}},
-        "rejected_row_examples": list(train.rejected_examples),
     }
 
 

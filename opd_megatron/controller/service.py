@@ -22,6 +22,7 @@ from opd_megatron.controller.evaluation import Evaluator
 from opd_megatron.controller.generation import generate_group, sampling_of
 from opd_megatron.controller.publishing import Publisher
 from opd_megatron.controller.roles import Roles
+from opd_megatron.controller.samples import SampleMaker
 from opd_megatron.controller.stopwatch import Stopwatch
 from opd_megatron.data.chat import ChatTokenizer
 from opd_megatron.data.order import PromptOrder
@@ -50,6 +51,7 @@ class Context:
     train: PromptSet
     evaluator: Evaluator | None
     publisher: Publisher
+    sample_maker: SampleMaker
     records: records.Records
     console: RunConsole
     fingerprint: dict[str, object]
@@ -171,13 +173,18 @@ class Service:
         try:
             with self._stopwatch().stage("teacher"):
                 scores = await score_rollouts(
-                    self.context.roles.teachers, rollouts, [teacher] * len(rollouts)
+                    self.context.roles.teachers,
+                    rollouts,
+                    [teacher] * len(rollouts),
+                    topk=self.context.sample_maker.topk,
+                    aliases=self.context.sample_maker.aliases,
                 )
         except RequestRefused as error:
             return protocol.PromptFailed(position, attempt, "refused", str(error))
         except ContractError as error:
             return protocol.PromptFailed(position, attempt, "contract", str(error))
-        samples = tuple(Sample(r, s) for r, s in zip(rollouts, scores, strict=True))
+        make = self.context.sample_maker.make
+        samples = await asyncio.to_thread(make, self._prompt(position), rollouts, scores)
         return protocol.Scored(position, attempt, samples)
 
     # ------------------------------------------------------------ the step
@@ -197,8 +204,9 @@ class Service:
         self._stopwatch().add("learner", end - worked, end)
         self._samples = action.samples
         if not answer["applied"]:
+            kept = keep_refused(batch)
             self.context.console.say(
-                f"step {action.step} not applied: {answer['why_not_applied']}; its batch is kept at {batch}"
+                f"step {action.step} not applied: {answer['why_not_applied']}; its batch is kept at {kept}"
             )
             self._watch = None
         return protocol.Trained(
@@ -296,10 +304,16 @@ class Service:
             self.context.console.rollout(colored)
 
     def _discard_batches(self, step: int) -> None:
-        """Batches of trained steps have served; those of steps that were not applied stay for inspection."""
+        """Batches of trained steps have served; those of refused steps were moved away (`keep_refused`)."""
         batch = self.context.attempt.batches / f"step_{step:06d}.safetensors"
         batch.unlink(missing_ok=True)
         diagnostics_path(batch).unlink(missing_ok=True)
+
+
+def keep_refused(batch: Path) -> Path:
+    """Move the batch of a step that was not applied out of the way of the next try for that step."""
+    number = len(list(batch.parent.glob(f"refused_*_{batch.name}"))) + 1
+    return batch.rename(batch.with_name(f"refused_{number}_{batch.name}"))
 
 
 def diagnostics_path(batch: Path) -> Path:

@@ -29,6 +29,7 @@ class ChatTokenizer:
     Attributes:
         vocab_size: rows of the model's embedding.
         eos_ids: ids that end a response.
+        special_ids: ids of the tokens that the tokenizer calls special.
     """
 
     def __init__(
@@ -37,9 +38,9 @@ class ChatTokenizer:
         self._tokenizer = tokenizer
         self.vocab_size = vocab_size
         self.eos_ids = eos_ids
-        self._special_tokens = tuple(
-            token.content for token in tokenizer.added_tokens_decoder.values() if token.special
-        )
+        special = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+        self.special_ids = frozenset(special)
+        self._special_tokens = tuple(special.values())
         self.decode_token = lru_cache(maxsize=65536)(self._decode_token)
 
     def encode_messages(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:

@@ -83,7 +83,7 @@ def document_lengths(index: BatchIndex, document_multiple: int) -> list[int]:
 
     Raises:
         ContractError: a response without any prompt token has no position that predicts its first
-        token.
+            token.
     """
     lengths = []
     responses = np.diff(index.response_offsets)
@@ -113,7 +113,11 @@ def _fill_bins(lengths: Sequence[int], num_bins: int) -> tuple[list[list[int]], 
 
 
 def plan_packing(
-    lengths: Sequence[int], dp_size: int, tokens_per_microbatch: int, token_multiple: int = 1
+    lengths: Sequence[int],
+    dp_size: int,
+    tokens_per_microbatch: int,
+    token_multiple: int = 1,
+    micro_batch_multiple: int = 1,
 ) -> PackingPlan:
     """Assign documents to data-parallel ranks and micro-batches.
 
@@ -122,6 +126,7 @@ def plan_packing(
         dp_size: number of data-parallel ranks.
         tokens_per_microbatch: upper bound of positions in a micro-batch, filling included.
         token_multiple: T is a multiple of this.
+        micro_batch_multiple: the number of micro-batches of a rank is a multiple of this.
 
     Returns:
         A plan that depends on the arguments only.
@@ -139,10 +144,11 @@ def plan_packing(
             f"{token_multiple}",
             f"raise it to at least {round_up(max(longest, 1), token_multiple)}",
         )
-    num_micro = max(1, -(-sum(lengths) // (dp_size * capacity)))
+    needed = max(1, -(-sum(lengths) // (dp_size * capacity)))
+    num_micro = round_up(needed, micro_batch_multiple)
     bins, load = _fill_bins(lengths, num_micro * dp_size)
     while load > capacity:
-        num_micro += 1
+        num_micro += micro_batch_multiple
         bins, load = _fill_bins(lengths, num_micro * dp_size)
     ranks = tuple(tuple(tuple(sorted(b)) for b in bins[r::dp_size]) for r in range(dp_size))
     return PackingPlan(samples=ranks, num_tokens=round_up(max(load, 1), token_multiple))
@@ -168,11 +174,12 @@ def pack(
     """Lay the documents of `samples` end to end.
 
     Args:
-        batch: a slice that holds at least `samples`. samples: numbers of samples in the whole
-        batch, each with a response. response_offsets: [N + 1] of the whole batch. num_tokens: T.
+        batch: a slice that holds at least `samples`.
+        samples: numbers of samples in the whole batch, each with a response.
+        response_offsets: [N + 1] of the whole batch.
+        num_tokens: T.
         document_multiple: documents are padded to a multiple of this (with token 0 and mask 0;
-        causal
-            attention keeps padding after a document from touching it).
+            causal attention keeps padding after a document from touching it).
 
     Returns:
         One micro-batch of exactly T positions.
@@ -185,10 +192,9 @@ def pack(
     output_index_T = np.full(num_tokens, -1, dtype=np.int64)
     starts_T = np.repeat(borders[:-1], np.diff(borders))
     topk_ids_TK = topk_logprobs_TK = None
-    if batch.topk_ids is not None and batch.topk_logprobs is not None and batch.topk_ids:
-        support = batch.topk_ids[0].shape[1]
-        topk_ids_TK = np.zeros((num_tokens, support), dtype=np.int64)
-        topk_logprobs_TK = np.zeros((num_tokens, support), dtype=np.float32)
+    if batch.num_topk:
+        topk_ids_TK = np.zeros((num_tokens, batch.num_topk), dtype=np.int64)
+        topk_logprobs_TK = np.zeros((num_tokens, batch.num_topk), dtype=np.float32)
     for sample, start in zip(samples, borders, strict=False):  # borders go on with the filling
         i = place[sample]
         length = len(batch.tokens[i]) - 1

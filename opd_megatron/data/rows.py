@@ -24,7 +24,7 @@ from opd_megatron.errors import DataError, did_you_mean
 
 Message = dict[str, str]  # {"role": ..., "content": ...}
 
-NUM_EXAMPLES = 5  # of refused rows, kept for the message: enough to see a pattern
+EXAMPLES_PER_REASON = 2  # of refused rows, kept for the message: enough to see a pattern
 
 
 class BadRow(Exception):
@@ -48,14 +48,14 @@ class Row:
 
 @dataclass
 class Rejections:
-    """Refused rows of one file: how many by reason, and the first few in words."""
+    """Refused rows of one file: how many by reason, and the first of each reason in words."""
 
     by_reason: Counter[str] = field(default_factory=Counter)
     examples: list[str] = field(default_factory=list)
 
     def add(self, source: str, error: BadRow) -> None:
         self.by_reason[error.reason] += 1
-        if len(self.examples) < NUM_EXAMPLES:
+        if self.by_reason[error.reason] <= EXAMPLES_PER_REASON:
             self.examples.append(f"{source}: {error.reason}: {error}")
 
     def copy(self) -> Rejections:
@@ -127,7 +127,12 @@ def scan_rows(
 def _read(path: Path, config: DataConfig, key: str) -> Iterator[tuple[str, Any]]:
     """`(source, row)` for each row; a row that could not be read at all is a `BadRow`."""
     if not path.is_file():
-        raise DataError.of(key, str(path), "no such file", "paths are relative to the recipe file")
+        raise DataError.of(
+            key,
+            str(path),
+            "no such file",
+            "a path in a recipe is relative to the recipe file, one in an override to this directory",
+        )
     if path.suffix in (".jsonl", ".ndjson"):
         return _read_jsonl(path)
     if path.suffix == ".parquet":

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,9 +71,15 @@ def tokenizer_fingerprint(directory: Path, key: str = "student.path") -> Tokeniz
 
 
 def compare_tokenizers(
-    student_directory: Path, teacher_directory: Path, teacher_name: str = "main"
+    student_directory: Path,
+    teacher_directory: Path,
+    teacher_name: str = "main",
+    aliases: Mapping[str, str] | None = None,
 ) -> None:
-    """Check that student and teacher give every id the same meaning.
+    """Check that student and teacher give every id the same meaning, and end with the same tokens.
+
+    Args:
+        aliases: student token -> teacher token; the student's end tokens are compared after it.
 
     Raises:
         ConfigError: they differ; the message names the first difference and both sides of it.
@@ -80,7 +87,7 @@ def compare_tokenizers(
     teacher_key = f"teachers.{teacher_name}.path"
     student = tokenizer_fingerprint(student_directory, "student.path")
     teacher = tokenizer_fingerprint(teacher_directory, teacher_key)
-    if student.digest == teacher.digest:
+    if student.digest == teacher.digest and not aliases:
         return
     if student.tokens != teacher.tokens:
         difference = _first_difference(student.tokens, teacher.tokens)
@@ -92,11 +99,17 @@ def compare_tokenizers(
         )
         fix = "use models whose embeddings have the same number of rows"
     else:
+        ends = {(aliases or {}).get(student.tokens[i], student.tokens[i]) for i in student.eos_ids}
+        if aliases and ends <= {teacher.tokens[i] for i in teacher.eos_ids}:
+            return
         difference = (
             f"end tokens are {_named(student)} for the student and {_named(teacher)} for the "
             "teacher"
         )
-        fix = "use a student and a teacher of the same kind (both base or both instruct)"
+        fix = (
+            f"say which of the teacher's takes the place of the student's: teachers.{teacher_name}."
+            "aliases={student token: teacher token}, or use two models of the same kind"
+        )
     raise ConfigError.of(
         teacher_key,
         str(teacher_directory),

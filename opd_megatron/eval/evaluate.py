@@ -28,6 +28,7 @@ from opd_megatron.eval.grading import Grader, check_answers
 from opd_megatron.eval.kl import KlResult, dense_logprobs, exact_kl_result, sampled_kl_result
 from opd_megatron.serving.client import Sampling
 from opd_megatron.serving.contract import Generation, ScoredResponse
+from opd_megatron.teacher.aliases import TokenAliases
 from opd_megatron.types import Prompt, Rollout
 
 MAX_EXACT_VOCAB = (
@@ -122,27 +123,40 @@ async def evaluate_kl(
     teacher: ScoringClient,
     rollouts: Sequence[Rollout],
     vocab_size: int,
+    aliases: TokenAliases | None = None,
 ) -> KlResult:
     """KL between student and teacher on the student's responses.
 
     Args:
         rollouts: of the student, at temperature 1, e.g. `AccuracyResult.rollouts`.
         vocab_size: of both models; up to `MAX_EXACT_VOCAB` the result is exact.
+        aliases: of the teacher. Without the whole vocabulary, tokens it can not score are left out.
 
     Raises:
         ServerError, ContractError: from a client.
     """
     exact = vocab_size <= MAX_EXACT_VOCAB
+    aliases = aliases or TokenAliases()
     sequences = [(rollout.prompt_ids, rollout.response_ids) for rollout in rollouts]
+    as_teacher_reads = [
+        (r.prompt_ids, aliases.as_teacher_reads(r.response_ids, not r.truncated)) for r in rollouts
+    ]
     topk = vocab_size if exact else 0
     student_scores, teacher_scores = await asyncio.gather(
-        _score(student, sequences, topk), _score(teacher, sequences, topk)
+        _score(student, sequences, topk), _score(teacher, as_teacher_reads, topk)
     )
-    scores = list(zip(student_scores, teacher_scores, strict=True))
+    scores = list(zip(rollouts, student_scores, teacher_scores, strict=True))
     if not exact:
-        return sampled_kl_result([(ours.logprobs, theirs.logprobs) for ours, theirs in scores])
+        pairs: list[tuple[np.ndarray, np.ndarray]] = []
+        for rollout, ours, theirs in scores:
+            scored = ~aliases.unscorable(rollout.response_ids, not rollout.truncated)
+            pairs.append((ours.logprobs[scored], theirs.logprobs[scored]))
+        return sampled_kl_result(pairs)
     return exact_kl_result(
-        [(_dense(ours, vocab_size), _dense(theirs, vocab_size)) for ours, theirs in scores]
+        [
+            (_dense(ours, vocab_size, TokenAliases()), _dense(theirs, vocab_size, aliases))
+            for _, ours, theirs in scores
+        ]
     )
 
 
@@ -227,7 +241,8 @@ def _as_rollout(rid: str, prompt: Prompt, generation: Generation, server: str) -
     )
 
 
-def _dense(score: ScoredResponse, vocab_size: int) -> np.ndarray:
+def _dense(score: ScoredResponse, vocab_size: int, aliases: TokenAliases) -> np.ndarray:
     if score.topk_ids is None or score.topk_logprobs is None:  # an empty response
         return np.zeros((0, vocab_size))
-    return dense_logprobs(score.topk_ids, score.topk_logprobs, vocab_size)
+    ids = aliases.as_student_reads(score.topk_ids)
+    return dense_logprobs(ids, score.topk_logprobs, vocab_size)

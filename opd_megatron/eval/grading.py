@@ -2,12 +2,12 @@
 
 A grader is called as `grader(prompt_text, response_text, answer, ended) -> bool`. `response_text`
 carries no special tokens; `ended` says that the model ended the response itself. A response that
-was cut is wrong for every
-grader: the text so far may be right by luck, and a model that never stops should not score.
+was cut is wrong for every grader: the text so far may be right by luck, and a model that never
+stops should not score.
 
     exact_match       the whole response is the answer
-    math_verify       the last boxed or final expression equals the answer (needs the package
-    math-verify) column_addition   every written step and the answer are right (the demo's task)
+    math_verify       the last boxed or final expression equals the answer; package math-verify
+    column_addition   every written step and the answer are right (the demo's task)
 """
 
 from __future__ import annotations

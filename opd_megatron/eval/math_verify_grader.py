@@ -22,15 +22,16 @@ PACKAGE = "math_verify"
 TIMEOUT_S = 10.0  # a normal answer takes milliseconds
 START_TIMEOUT_S = 120.0  # importing sympy from a cold shared file system
 _ECHO_LENGTH = 80
+_NO_LIMIT = 0  # math-verify's own limit, a signal, off: ours is to kill the worker
 
 
 def is_equal(gold: str, response_text: str) -> bool:
     """Runs in the worker. Gold comes first: math-verify's comparison is not symmetric."""
     from math_verify import parse, verify  # type: ignore[import-not-found]
 
-    gold_parsed = parse(f"\\boxed{{{gold}}}", parsing_timeout=None)
-    response_parsed = parse(response_text, parsing_timeout=None)
-    return bool(verify(gold_parsed, response_parsed, timeout_seconds=None))
+    gold_parsed = parse(f"\\boxed{{{gold}}}", parsing_timeout=_NO_LIMIT)
+    response_parsed = parse(response_text, parsing_timeout=_NO_LIMIT)
+    return bool(verify(gold_parsed, response_parsed, timeout_seconds=_NO_LIMIT))
 
 
 def _serve(connection: Connection) -> None:

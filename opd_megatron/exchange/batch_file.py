@@ -5,6 +5,9 @@
     tokens          [sum(P + L)] int32
     response_offsets [N + 1] int64    the per-response-token arrays below are cut with these
     behavior_logprobs, teacher_logprobs  [sum L] float32
+    trainable [sum L] uint8           0 for tokens masked for what they are
+    groups   [N] int32                samples of one prompt share a number
+    rewards  [N] float32              only with a task term
     topk_ids [sum L, K] int32, topk_logprobs [sum L, K] float32    only when the objective needs a support
     versions        [N, 2] int64      weight version of the first and the last token
 
@@ -28,7 +31,7 @@ from opd_megatron.atomic import write_bytes
 from opd_megatron.errors import ContractError
 from opd_megatron.types import Sample
 
-FORMAT = "opd-step-batch-1"
+FORMAT = "opd-step-batch-2"
 
 _SLICED_DTYPES: dict[str, type] = {
     "tokens": np.int32,
@@ -55,6 +58,7 @@ class BatchSlice:
     topk_ids: tuple[NDArray[np.int32], ...] | None  # each [L, K]
     topk_logprobs: tuple[NDArray[np.float32], ...] | None
     versions: NDArray[np.int64]  # [n, 2]
+    num_topk: int = 0  # K, also for a slice without samples; 0 when the batch has no top-K
 
 
 @dataclass(frozen=True)
@@ -74,8 +78,36 @@ class BatchIndex:
         return int(self.response_offsets[-1])
 
 
+@dataclass(frozen=True)
+class WholeBatch:
+    """The per-token arrays of all samples in batch order: small next to the tokens' activations.
+
+    [sum L] unless said. `topk_logprobs` is read only on request.
+    """
+
+    response_offsets: NDArray[np.int64]  # [N + 1]
+    behavior_logprobs: NDArray[np.float32]
+    teacher_logprobs: NDArray[np.float32]
+    trainable: NDArray[np.uint8]
+    groups: NDArray[np.int32]  # [N]
+    rewards: NDArray[np.float32] | None  # [N]
+    topk_logprobs: NDArray[np.float32] | None  # [sum L, K]
+
+
 def _offsets(lengths: Sequence[int]) -> NDArray[np.int64]:
     return np.concatenate([[0], np.cumsum(np.asarray(lengths, dtype=np.int64))]).astype(np.int64)
+
+
+def _trainable(sample: Sample) -> NDArray[np.bool_]:
+    length = len(sample.rollout.response_ids)
+    if sample.trainable is None:
+        return np.ones(length, dtype=np.bool_)
+    if len(sample.trainable) != length:
+        raise ContractError(
+            f"sample {sample.rollout.sample_id}: trainable has {len(sample.trainable)} entries for "
+            f"{length} response tokens"
+        )
+    return sample.trainable
 
 
 def write_batch(path: Path, step: int, weight_version: int, samples: Sequence[Sample]) -> None:
@@ -99,6 +131,11 @@ def write_batch(path: Path, step: int, weight_version: int, samples: Sequence[Sa
     if any(with_topk) and not all(with_topk):
         raise ContractError("some samples of the step batch carry teacher top-K and some do not")
 
+    with_reward = [s.reward is not None for s in samples]
+    if any(with_reward) and not all(with_reward):
+        raise ContractError("some samples of the step batch carry a reward and some do not")
+    numbers: dict[str, int] = {}
+
     def flat(arrays: list[NDArray], dtype: type) -> NDArray:
         return np.concatenate(arrays).astype(dtype) if arrays else np.zeros(0, dtype)
 
@@ -110,10 +147,16 @@ def write_batch(path: Path, step: int, weight_version: int, samples: Sequence[Sa
         "response_offsets": _offsets([len(s.rollout.response_ids) for s in samples]),
         "behavior_logprobs": flat([s.rollout.behavior_logprobs for s in samples], np.float32),
         "teacher_logprobs": flat([s.scores.sampled_logprobs for s in samples], np.float32),
+        "trainable": flat([_trainable(s) for s in samples], np.uint8),
+        "groups": np.asarray(
+            [numbers.setdefault(s.group, len(numbers)) for s in samples], dtype=np.int32
+        ),
         "versions": np.asarray(
             [[s.rollout.version_first, s.rollout.version_last] for s in samples], dtype=np.int64
         ).reshape(-1, 2),
     }
+    if samples and all(with_reward):
+        arrays["rewards"] = np.asarray([s.reward for s in samples], dtype=np.float32)
     if samples and all(with_topk):
         arrays["topk_ids"] = flat([s.scores.topk_ids for s in samples], np.int32)  # type: ignore[misc]
         arrays["topk_logprobs"] = flat([s.scores.topk_logprobs for s in samples], np.float32)  # type: ignore[misc]
@@ -150,6 +193,31 @@ def read_index(path: Path) -> BatchIndex:
             prompt_lengths=file.get_tensor("prompt_lengths").astype(np.int64),
             response_offsets=file.get_tensor("response_offsets"),
             versions=file.get_tensor("versions"),
+        )
+
+
+def read_whole(path: Path, *, with_topk: bool = False) -> WholeBatch:
+    """Read the per-token arrays of all samples.
+
+    Args:
+        with_topk: also the teachers' top-K log-probs, where the batch has them.
+
+    Raises:
+        ContractError: not a step batch of this format.
+    """
+    with safe_open(path, framework="np") as file:
+        _checked_metadata(path, file)
+        keys = set(file.keys())
+        return WholeBatch(
+            response_offsets=file.get_tensor("response_offsets"),
+            behavior_logprobs=file.get_tensor("behavior_logprobs"),
+            teacher_logprobs=file.get_tensor("teacher_logprobs"),
+            trainable=file.get_tensor("trainable"),
+            groups=file.get_tensor("groups"),
+            rewards=file.get_tensor("rewards") if "rewards" in keys else None,
+            topk_logprobs=file.get_tensor("topk_logprobs")
+            if with_topk and "topk_logprobs" in keys
+            else None,
         )
 
 
@@ -191,4 +259,5 @@ def read_batch(path: Path, indices: Sequence[int] | None = None) -> BatchSlice:
             if "topk_logprobs" in keys
             else None,
             versions=versions[list(chosen)].reshape(-1, 2),
+            num_topk=file.get_slice("topk_ids").get_shape()[1] if "topk_ids" in keys else 0,
         )

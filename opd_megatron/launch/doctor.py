@@ -138,7 +138,7 @@ def check_allowed(
         distribution,
         False,
         f"{version}; tested: {', '.join(allowed)}",
-        f"pip install '{distribution}=={allowed[-1]}', or use the pins in locks/",
+        f"install {' or '.join(f'{distribution}=={one}' for one in allowed)}: see locks/README.md",
     )
 
 

@@ -15,7 +15,7 @@ from opd_megatron.controller.learner_link import LearnerLink
 from opd_megatron.errors import ConfigError, RoleDied
 from opd_megatron.launch.roles import learner_role
 from opd_megatron.launch.supervisor import Supervisor, tail
-from opd_megatron.rundir import RunDir
+from opd_megatron.rundir import RunDir, make_folder
 
 Say = Callable[[str], None]
 
@@ -34,7 +34,7 @@ def export_commit(run: RunDir, out: Path, step: int | None, say: Say) -> None:
     if out.exists():
         raise ConfigError.of("--out", str(out), "exists already", "choose a new directory")
     found = _find(run, step, say)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent, "--out")
     single = dataclasses.replace(
         recipe.learner,
         tensor_parallel=1,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import uuid
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
@@ -20,9 +21,10 @@ from opd_megatron.errors import (
     ConfigError,
     RoleDied,
 )
-from opd_megatron.launch import lock
+from opd_megatron.launch import leftovers, lock
+from opd_megatron.launch.members import kill_attempt, scratch
 from opd_megatron.launch.ports import PortReservations
-from opd_megatron.launch.preflight import check_inputs
+from opd_megatron.launch.preflight import check_inputs, check_learner, check_machine
 from opd_megatron.launch.roles import (
     controller_role,
     learner_role,
@@ -32,13 +34,13 @@ from opd_megatron.launch.roles import (
 )
 from opd_megatron.launch.supervisor import (
     Interrupted,
+    MainSigns,
     Supervisor,
     describe_exit,
-    kill_attempt,
     tail,
 )
 from opd_megatron.observe.environment import describe_environment
-from opd_megatron.rundir import RunDir
+from opd_megatron.rundir import RunDir, make_folder
 from opd_megatron.serving.keys import new_keys, write_keys
 
 Say = Callable[[str], None]
@@ -47,21 +49,18 @@ Say = Callable[[str], None]
 def prepare_run_dir(
     run: RunDir, recipe: Recipe, recipe_file: Path, overrides: Sequence[str], resume: bool
 ) -> None:
-    """Create the run directory, or check that it may be gone on with.
+    """Write what the run is into its directory.
 
     Raises:
-        ConfigError: it exists and --resume was not given, or --resume was given and there is no run.
+        ConfigError: it holds a run and --resume was not given.
     """
-    if resume:
-        read_run_mapping(run.run_yaml)
-    elif run.run_yaml.exists():
+    if not resume and run.run_yaml.exists():
         raise ConfigError.of(
             "--run-dir",
             str(run.root),
             "holds a run already",
-            "add --resume, or choose another directory",
+            "go on with it by `opd run ... --resume`, or choose another directory",
         )
-    run.root.mkdir(parents=True, exist_ok=True)
     write_run_yaml(run.run_yaml, recipe, recipe_file, overrides)
     write_json(run.environment, describe_environment())
 
@@ -77,19 +76,21 @@ def run_local(
     """Run a recipe here.
 
     Returns:
-        the exit code of the controller, or 130 after Ctrl-C.
+        the exit code of the controller; 130 after Ctrl-C, 75 after SIGTERM or SIGHUP.
 
     Raises:
         ConfigError: bad recipe, inputs or run directory; nothing was started.
         RoleDied: a process died; the message names it.
     """
+    check(recipe)
+    check_learner(recipe)
     hint = f"go on with: opd run {recipe.name} --run-dir {run.root} --resume"
     with _claimed(recipe, recipe_file, overrides, run, resume, say) as attempt:
         try:
             code = _supervise(recipe, run, attempt, "opd_megatron.controller.main", True, say)
         except Interrupted as interruption:
             say(f"{interruption}: everything stopped; {hint}")
-            return EXIT_INTERRUPTED
+            return _code_of(interruption)
         except RoleDied as error:
             raise RoleDied(f"{error}\n{hint}") from error
         if code == EXIT_RETRY:
@@ -111,7 +112,12 @@ def evaluate_local(
             return _supervise(recipe, run, attempt, module, False, say)
         except Interrupted as interruption:
             say(f"{interruption}: everything stopped")
-            return EXIT_INTERRUPTED
+            return _code_of(interruption)
+
+
+def _code_of(interruption: Interrupted) -> int:
+    """130 for a person's Ctrl-C; a scheduler's SIGTERM, as at preemption, asks for another try."""
+    return EXIT_INTERRUPTED if interruption.signal is signal.SIGINT else EXIT_RETRY
 
 
 @contextmanager
@@ -126,7 +132,10 @@ def _claimed(
     """Check everything, take the run directory, end what a killed attempt left, and number a new attempt."""
     check(recipe)
     check_inputs(recipe)
-    run.root.mkdir(parents=True, exist_ok=True)
+    check_machine(recipe)
+    if resume:
+        read_run_mapping(run.run_yaml)
+    make_folder(run.root, "--run-dir")
     with lock.hold(run.lock):
         prepare_run_dir(run, recipe, recipe_file, overrides, resume)
         for number in run.attempts():
@@ -134,6 +143,8 @@ def _claimed(
             killed = kill_attempt(identity.read_text()) if identity.exists() else []
             if killed:
                 say(f"ended {len(killed)} processes that attempt {number} had left behind")
+            leftovers.remove(run, number)
+        leftovers.remove_temporaries(run)
         yield _new_attempt(run)
 
 
@@ -155,23 +166,28 @@ def _new_attempt(run: RunDir) -> int:
 def _supervise(
     recipe: Recipe, run: RunDir, attempt: int, controller: str, with_learner: bool, say: Say
 ) -> int:
-    identity = run.attempt(attempt).identity.read_text()
-    with PortReservations() as ports, Supervisor(identity) as supervisor:
+    files = run.attempt(attempt)
+    identity = files.identity.read_text()
+    signs = MainSigns(files.finishing, files.heartbeat, recipe.controller.hang_timeout_s)
+    with (
+        scratch(identity) as environment,
+        PortReservations() as ports,
+        Supervisor(identity, environment) as supervisor,
+    ):
         placed = place_servers(recipe, ports)
-        write_endpoints(run.attempt(attempt).endpoints, placed)
+        write_endpoints(files.endpoints, placed)
         servers = [server for group in placed.values() for server in group]
         names = [server.role for server in servers]
         if with_learner:
             names.append(f"learner ({recipe.learner.world_size} ranks)")
             # The learner first: its world is the slowest to come up.
-            mailbox = run.attempt(attempt).mailbox
             log = run.role_logs(attempt, "learner") / "learner.log"
-            supervisor.start(learner_role(recipe, run.run_yaml, mailbox, log))
+            supervisor.start(learner_role(recipe, run.run_yaml, files.mailbox, log))
         say(f"starting {', '.join(names)}")
         for number, server in enumerate(servers):
             supervisor.start(server_role(server, recipe, run, attempt, number))
         supervisor.start(controller_role(run, attempt, controller))
-        code = supervisor.watch("controller")
+        code = supervisor.watch("controller", signs)
         if code not in (EXIT_DONE, EXIT_RETRY, EXIT_CONFIG):
             log = supervisor.log_of("controller")
             raise RoleDied(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +24,7 @@ def hold(path: Path) -> Generator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            holder = os.pread(handle, 32, 0).decode(errors="replace").strip()
+            holder = _holder(handle)
             raise ConfigError.of(
                 "--run-dir",
                 str(path.parent),
@@ -35,3 +36,13 @@ def hold(path: Path) -> Generator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def _holder(handle: int) -> str:
+    """The pid in the lock file; its holder writes it a moment after it has the lock."""
+    for _ in range(20):
+        pid = os.pread(handle, 32, 0).decode(errors="replace").strip()
+        if pid.isdigit() and Path(f"/proc/{pid}").exists():
+            return pid
+        time.sleep(0.05)
+    return "unknown"

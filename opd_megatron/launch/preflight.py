@@ -1,4 +1,7 @@
-"""What can be checked of a recipe's inputs in a second, before any process is started: files, tokenizers, rows."""
+"""What can be checked in a second, before any process is started: models, layout, tokenizers, rows, grader, device.
+
+No torch. Left out: what needs the tokenizer itself (`data/prompts.py`) and whether the device has room.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,16 @@ from typing import Any, cast
 from opd_megatron.config.schema import Recipe
 from opd_megatron.data.rows import RowScan, scan_rows
 from opd_megatron.data.tokenizer_files import compare_tokenizers, tokenizer_fingerprint
-from opd_megatron.errors import ConfigError
+from opd_megatron.errors import ConfigError, DataError
+from opd_megatron.eval.grading import make_grader
+from opd_megatron.launch.doctor import torch_cuda
+from opd_megatron.launch.gpus import check_precision, visible_gpus
+from opd_megatron.launch.loss_checks import check_aliases, check_loss, check_task
+from opd_megatron.megatron.architecture import architecture_of, check_layout
+from opd_megatron.megatron.precision import fp8_settings
+
+# The second is there in containers that see a device and not the host's /proc entries.
+_NVIDIA_DRIVER = (Path("/proc/driver/nvidia/version"), Path("/dev/nvidiactl"))
 
 
 @dataclass(frozen=True)
@@ -68,22 +80,75 @@ def _check_context(config: dict[str, Any], key: str, recipe: Recipe) -> None:
         )
 
 
+def check_machine(recipe: Recipe) -> None:
+    """Whether this machine has the recipe's kind of device. A recipe may be validated where it can not run.
+
+    Raises:
+        ConfigError: `device=cuda` without a driver, or with a CPU build of torch.
+    """
+    if recipe.device != "cuda":
+        return
+    if not any(path.exists() for path in _NVIDIA_DRIVER):
+        raise ConfigError.of(
+            "device",
+            "cuda",
+            "this machine has no NVIDIA driver",
+            "run on a machine with GPUs, or choose a recipe with device=cpu, such as demo",
+        )
+    if torch_cuda() is None:
+        raise ConfigError.of(
+            "device",
+            "cuda",
+            "torch in this environment is a CPU build",
+            "install the production pins (locks/README.md)",
+        )
+
+
+def check_learner(recipe: Recipe) -> None:
+    """Whether the learner knows the student's architecture, the layout divides it, and the precision
+    fits its layers and this machine's GPUs, if it has any.
+
+    Raises:
+        ConfigError: as `architecture_of`, `check_layout`, `fp8_settings` and `check_precision`.
+    """
+    student = Path(recipe.student.path)
+    config = read_model_config(student, "student.path")
+    arch = architecture_of(config, str(student / "config.json"))
+    check_layout(arch, recipe.learner)
+    fp8_settings(arch.num_layers, recipe.learner)
+    check_precision(recipe, visible_gpus())
+
+
+def _check_evaluation(recipe: Recipe, heldout: RowScan) -> None:
+    make_grader(recipe.evaluation.grader)
+    for row in heldout.rows[: recipe.evaluation.problems]:
+        if row.answer is None:
+            raise DataError(
+                f"data.heldout={str(heldout.path)!r}: {row.source} has no {recipe.data.answer_key!r}, and "
+                f"evaluation needs one; add it or set data.answer_key"
+            )
+
+
 def check_inputs(recipe: Recipe) -> InputFacts:
-    """Check model directories, that student and teachers share one tokenizer, and every data row.
+    """Check the loss, model directories, that student and teachers share one tokenizer, every data row, the grader.
 
     Raises:
         ConfigError, DataError: the first thing that is wrong.
     """
+    check_loss(recipe)
     student = Path(recipe.student.path)
     _check_context(read_model_config(student, "student.path"), "student.path", recipe)
     for name, teacher in recipe.teachers.items():
         key = f"teachers.{name}.path"
         _check_context(read_model_config(Path(teacher.path), key), key, recipe)
-        compare_tokenizers(student, Path(teacher.path), name)
+        compare_tokenizers(student, Path(teacher.path), name, teacher.aliases)
+    check_aliases(recipe)
     train = scan_rows(Path(recipe.data.train), recipe.data, recipe.teachers)
+    check_task(recipe, train)
     heldout = None
     if recipe.data.heldout:
         heldout = scan_rows(Path(recipe.data.heldout), recipe.data, recipe.teachers, "data.heldout")
+        _check_evaluation(recipe, heldout)
     fingerprint = tokenizer_fingerprint(student)
     return InputFacts(
         vocab_size=fingerprint.vocab_size,

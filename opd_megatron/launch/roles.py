@@ -64,14 +64,14 @@ def server_role(
 def learner_role(recipe: Recipe, run_yaml: Path, mailbox: Path, log: Path) -> RoleCommand:
     """The torchrun world. One node; ranks on CPU use one thread and gloo on the loopback interface."""
     argv = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts", "0"),
+        *(sys.executable, "-m", "opd_megatron.megatron.torchrun"),
         *("--nproc-per-node", str(recipe.learner.world_size)),
         *("-m", "opd_megatron.megatron.learner"),
         *("--run-yaml", str(run_yaml), "--mailbox", str(mailbox)),
     ]
-    environment = {"PYTHONUNBUFFERED": "1"}
+    environment = {"PYTHONUNBUFFERED": "1", "GLOO_SOCKET_IFNAME": "lo"}
     if recipe.device == "cpu":
-        environment |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        environment["OMP_NUM_THREADS"] = "1"
     return RoleCommand("learner", argv, log, environment, grace_s=LEARNER_GRACE_S)
 
 

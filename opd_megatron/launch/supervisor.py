@@ -1,14 +1,24 @@
 """Starts the processes of a run on this machine, watches them, names the one that died, leaves nothing behind.
 
 Every process is the leader of its own session, gets SIGKILL when the supervisor dies, and writes to its own log.
-The controller is the one whose end ends the run; any other process that ends first has died.
+How an attempt ends:
+
+    the main process (the controller) ends        its exit code is the run's, unless another process died first
+    another process ends                          it has died: RoleDied, with the end of its log
+    ... after the controller's announcement       nothing: all work is committed and the others are no longer needed
+    the controller's heartbeat stands still       RoleDied: it hangs. Other roles' hangs meet the controller's deadlines
+    SIGINT, SIGTERM, SIGHUP                       Interrupted; further signals change nothing while processes are ended
+
+A signal only sets a flag, so that it can not break into the start or the end of a process.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,14 +26,17 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-import psutil
+from opd_megatron.errors import EXIT_CONFIG, EXIT_DONE, ConfigError, RoleDied
+from opd_megatron.launch.members import kill_attempt, membership
+from opd_megatron.lifeline import Pulse, adopt_orphans, die_with_parent
 
-from opd_megatron.errors import RoleDied
-from opd_megatron.lifeline import die_with_parent
-
-ATTEMPT_VARIABLE = "OPD_ATTEMPT_ID"
 POLL_S = 0.1
 TAIL_LINES = 20
+_TAIL_BYTES = 64 * 1024
+_TORCHRUN_REPORT = re.compile(r"torch/distributed/elastic/\S+\] failed \(exitcode")
+# How long a cause and its witness may come after each other: a dead server and the controller that misses it.
+ATTRIBUTION_S = 2.0
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -47,50 +60,95 @@ class RoleCommand:
     grace_s: float = 0.0
 
 
+@dataclass(frozen=True)
+class MainSigns:
+    """What the main process shows of itself, as files.
+
+    Args:
+        finishing: exists once all work is committed: from then on other processes may end, in any way.
+        heartbeat: touched every second.
+        hang_timeout_s: how long the heartbeat may stand still.
+    """
+
+    finishing: Path
+    heartbeat: Path
+    hang_timeout_s: float
+
+
 def tail(path: Path, lines: int = TAIL_LINES) -> str:
-    """The last lines of a log, indented, for an error message."""
+    """The last lines of a log, indented, for an error message; of torchrun, those before its own report.
+
+    When a rank dies torchrun writes more lines about itself than are shown here, and none says why.
+    """
     if not path.exists():
         return "  (no log)"
-    text = path.read_text(errors="replace").splitlines()[-lines:]
-    return "\n".join(f"  | {line}" for line in text) or "  (the log is empty)"
+    with path.open("rb") as log:
+        log.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+        text = log.read().decode(errors="replace").splitlines()
+    report = next((i for i, line in enumerate(text) if _TORCHRUN_REPORT.search(line)), len(text))
+    # The first line of the report says which rank ended, and how.
+    shown = text[: report + 1][-lines:]
+    return "\n".join(f"  | {line}" for line in shown) or "  (the log is empty)"
 
 
 class Interrupted(KeyboardInterrupt):
-    """SIGINT or SIGTERM reached the supervisor."""
+    """SIGINT, SIGTERM or SIGHUP reached the supervisor."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        super().__init__(number.name)
+        self.signal = number
 
 
 class Supervisor:
-    """Context manager that owns the processes of one attempt.
+    """Context manager that owns the processes of one attempt. Main thread only: a process that is to die with its
+    parent dies with the *thread* that started it, and only the main thread may handle signals.
 
     Args:
         attempt_id: unique among all attempts of all runs on this machine.
+        environment: added to that of every process.
     """
 
-    def __init__(self, attempt_id: str) -> None:
+    def __init__(self, attempt_id: str, environment: Mapping[str, str] | None = None) -> None:
         self._attempt_id = attempt_id
+        self._environment = {**(environment or {}), **membership(attempt_id)}
         self._running: dict[str, tuple[RoleCommand, subprocess.Popen[bytes]]] = {}
-        self._old_handlers: dict[int, object] = {}
+        self._old_handlers: dict[signal.Signals, object] = {}
+        self._interruption: signal.Signals | None = None
 
     def __enter__(self) -> Supervisor:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._old_handlers[number] = signal.signal(number, self._interrupt)
+        if threading.current_thread() is not threading.main_thread():
+            raise RuntimeError("a Supervisor works in the main thread only")
+        adopt_orphans(True)
+        for number in _SIGNALS:
+            # Under nohup SIGHUP is ignored, and stays so.
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._old_handlers[number] = signal.signal(number, self._interrupt)
         return self
 
     def __exit__(self, *_: object) -> None:
-        # A second Ctrl-C must not leave processes behind.
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
         try:
             self.stop()
         finally:
+            adopt_orphans(False)
             for number, handler in self._old_handlers.items():
-                signal.signal(number, handler)  # type: ignore[arg-type]
+                # After an interruption this process is about to end; one more signal must not change its exit code.
+                interrupted = self._interruption is not None
+                signal.signal(number, signal.SIG_IGN if interrupted else handler)  # type: ignore[arg-type]
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        raise Interrupted(signal.Signals(number).name)
+        self._interruption = self._interruption or signal.Signals(number)
+
+    def _check_interruption(self) -> None:
+        if self._interruption is not None:
+            raise Interrupted(self._interruption)
 
     def start(self, role: RoleCommand) -> None:
-        """Start one process."""
+        """Start one process.
+
+        Raises:
+            Interrupted: a signal came; nothing was started.
+        """
+        self._check_interruption()
         role.log.parent.mkdir(parents=True, exist_ok=True)
         parent = os.getpid()
         log: IO[bytes]
@@ -100,40 +158,89 @@ class Supervisor:
                 stdin=subprocess.DEVNULL,
                 stdout=None if role.to_console else log,
                 stderr=log,
-                env={**os.environ, **role.environment, ATTEMPT_VARIABLE: self._attempt_id},
+                env={**os.environ, **role.environment, **self._environment},
                 start_new_session=True,
                 preexec_fn=lambda: die_with_parent(parent),
             )
         self._running[role.name] = (role, process)
 
-    def watch(self, main: str) -> int:
+    def watch(self, main: str, signs: MainSigns | None = None) -> int:
         """Wait for the main process and return its exit code.
 
         Raises:
-            RoleDied: another process ended first; the message names it and shows the end of its log.
-            Interrupted: SIGINT or SIGTERM.
+            RoleDied: another process ended first, or the main process hangs; the message names it and shows the
+                end of its log.
+            ConfigError: the same, and the process said by its exit code that a retry will not help.
+            Interrupted: SIGINT, SIGTERM or SIGHUP.
         """
+        pulse = Pulse(signs.heartbeat) if signs else None
         while True:
+            self._check_interruption()
+            self._reap_orphans()
             code = self._running[main][1].poll()
             if code is not None:
-                return code
-            for name, (role, process) in self._running.items():
-                if name != main and process.poll() is not None:
-                    # The main process may be reporting the cause right now; its own words are better.
-                    code = self._wait_briefly(main)
-                    if code is not None:
-                        return code
-                    raise RoleDied(
-                        f"{name} ended with {describe_exit(process.returncode)}; the end of its log "
-                        f"({role.log}):\n{tail(role.log)}"
-                    )
+                return self._judge(main, code)
+            dead = self._dead(main)
+            if dead is not None and not (signs and signs.finishing.exists()):
+                # The main process may be at its end too, or be saying what it missed.
+                code = self._wait_briefly(main)
+                if code in (EXIT_DONE, EXIT_CONFIG):
+                    return code
+                raise self._death(dead)
+            if pulse and signs and pulse.still_s() > signs.hang_timeout_s:
+                log = self.log_of(main)
+                raise RoleDied(
+                    f"{main} hangs: no heartbeat for {signs.hang_timeout_s:g} s "
+                    f"(controller.hang_timeout_s); the end of its log ({log}):\n{tail(log)}"
+                )
             time.sleep(POLL_S)
+
+    def _judge(self, main: str, code: int) -> int:
+        """The main process failed: was it for the death of another one, which it could not know?"""
+        if code in (EXIT_DONE, EXIT_CONFIG):
+            return code
+        deadline = time.monotonic() + (ATTRIBUTION_S if code > 0 else 0.0)
+        while (dead := self._dead(main)) is None and time.monotonic() < deadline:
+            self._check_interruption()
+            time.sleep(POLL_S)
+        if dead is not None:
+            raise self._death(dead)
+        return code
+
+    def _dead(self, main: str) -> str | None:
+        """Name of a process that ended."""
+        ended = (n for n, (_, p) in self._running.items() if n != main and p.poll() is not None)
+        return next(ended, None)
+
+    def _death(self, name: str) -> RoleDied | ConfigError:
+        role, process = self._running[name]
+        message = (
+            f"{name} ended with {describe_exit(process.returncode)}; the end of its log "
+            f"({role.log}):\n{tail(role.log)}"
+        )
+        return ConfigError(message) if process.returncode == EXIT_CONFIG else RoleDied(message)
 
     def _wait_briefly(self, name: str) -> int | None:
         try:
             return self._running[name][1].wait(timeout=1.0)
         except subprocess.TimeoutExpired:
             return None
+
+    def _reap_orphans(self) -> bool:
+        """Collect dead descendants whose parents died before them; those started here are left to `Popen`.
+
+        Returns:
+            True when this process has no child left.
+        """
+        ours = {process.pid for _, process in self._running.values()}
+        while True:
+            try:
+                dead = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:
+                return True
+            if dead is None or dead.si_pid in ours:
+                return False
+            os.waitpid(dead.si_pid, os.WNOHANG)
 
     def log_of(self, name: str) -> Path:
         return self._running[name][0].log
@@ -154,40 +261,13 @@ class Supervisor:
         for _, process in self._running.values():
             process.wait()
         self._running.clear()
+        # Adopted processes that were already ending when `kill_attempt` looked: until they are collected their
+        # sockets may be open.
+        deadline = time.monotonic() + ATTRIBUTION_S
+        while not self._reap_orphans() and time.monotonic() < deadline:
+            time.sleep(0.02)
 
 
 def describe_exit(code: int) -> str:
     """`exit code 3` or `signal SIGKILL`."""
     return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-
-
-def kill_attempt(attempt_id: str) -> list[str]:
-    """SIGKILL every process of an attempt, however deep it was started, and wait until all are gone.
-
-    Members are known by an environment variable that children inherit: sessions and parents do not tell, since
-    torchrun gives its workers sessions of their own and orphans lose their parent.
-
-    Returns:
-        names of the processes that were alive.
-    """
-    killed: list[str] = []
-    for _ in range(20):
-        members = [p for p in psutil.process_iter() if _belongs(p, attempt_id)]
-        if not members:
-            return killed
-        for process in members:
-            try:
-                killed.append(process.name())
-                process.kill()
-            except psutil.NoSuchProcess:
-                continue
-        psutil.wait_procs(members, timeout=5)
-    raise RoleDied(f"processes of attempt {attempt_id} survive SIGKILL: {killed}")
-
-
-def _belongs(process: psutil.Process, attempt_id: str) -> bool:
-    try:
-        alive = process.status() != psutil.STATUS_ZOMBIE and process.pid != os.getpid()
-        return alive and process.environ().get(ATTEMPT_VARIABLE) == attempt_id
-    except (psutil.NoSuchProcess, psutil.AccessDenied, OSError):
-        return False

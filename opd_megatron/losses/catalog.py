@@ -1,16 +1,17 @@
-"""Which objectives exist, what each really descends, and which are refused. Imports no torch.
+"""Which objectives exist, what each really descends, and which need permission. Imports no torch.
 
-One row per (divergence, estimator) that a recipe can name. "proven" means that a test computes the
-exact expected gradient over a small vocabulary and finds the declared target's, to 1e-10 in
-float64; "biased" that the expected gradient is proven to be that of something else, named here.
+One row per objective that a recipe can name. "proven" means that a test computes the exact expected
+gradient over a small vocabulary and finds the declared target's, to 1e-10 in float64; "biased" that
+the expected gradient is proven to be that of something else, named in the row.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from opd_megatron.config.schema import ObjectiveConfig
+from opd_megatron.config.schema import SUPPORTS, ObjectiveConfig
 from opd_megatron.errors import ConfigError, did_you_mean
+from opd_megatron.losses.settings import SUPPORT_ESTIMATORS
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,8 @@ class Objective:
     """One line of the list.
 
     Attributes:
+        measure: how the mass outside a support is treated; empty for sampled-token estimators.
+        token_weights: of the top-K surrogate; empty otherwise.
         target: the divergence in a formula, student pi, teacher q.
         descends: what the expected gradient is the gradient of; equal to `target` when proven.
         why_biased: empty when proven.
@@ -25,6 +28,8 @@ class Objective:
 
     divergence: str
     estimator: str
+    measure: str
+    token_weights: str
     target: str
     descends: str
     why_biased: str
@@ -32,11 +37,17 @@ class Objective:
 
     @property
     def name(self) -> str:
-        return f"{self.divergence}/{self.estimator}"
+        parts = (self.divergence, self.estimator, self.measure, self.token_weights)
+        return "/".join(part for part in parts if part)
 
     @property
     def proven(self) -> bool:
         return not self.why_biased
+
+    @property
+    def supports(self) -> tuple[str, ...]:
+        """Names of the supports it is defined on; empty: the sampled token."""
+        return SUPPORTS if self.measure else ()
 
 
 _TARGETS = {
@@ -58,102 +69,111 @@ _REVERSE_KL_ONLY = {
     "k2_differentiated": ("KL(pi || q)", ""),
     "k3_differentiated": ("KL(q || pi)", "the gradient of k3 is the forward KL's"),
 }
+# What D becomes on a support S.
+_MEASURES = {
+    "tail_bucket": "on S and one entry for all other tokens",
+    "renormalized": "on S, both renormalized to it",
+    "raw": "summed over S only",
+    "generalized": "summed over S, minus f'(1) (pi - q): least at pi = q",
+}
+# Summed over a part of the vocabulary, f with a slope at r = 1 is least somewhere else.
+_SLOPED = {"reverse_kl", "forward_kl"}
+_RETHINKING = "Rethinking OPD, top-K surrogate"
+_OTHER_WEIGHT = "the weight is not the student's probability"
+# (measure, token weights): (descends, why that is not the reverse KL on S)
+_SURROGATES = {
+    ("renormalized", "student_p"): ("KL(pi_S || q_S)", ""),
+    ("raw", "student_p"): ("sum_S pi log(pi/q) - pi + q", ""),
+    ("renormalized", "teacher_p"): ("sum_S q_S log^2(pi_S/q_S) / 2", _OTHER_WEIGHT),
+    ("raw", "teacher_p"): ("sum_S q log^2(pi/q) / 2", _OTHER_WEIGHT),
+    ("renormalized", "none"): ("sum_S log^2(pi_S/q_S) / 2", _OTHER_WEIGHT),
+    ("raw", "none"): ("sum_S log^2(pi/q) / 2", _OTHER_WEIGHT),
+}
+
+
+def _sampled_rows(divergence: str, target: str, source: str) -> list[Objective]:
+    # f(r) / r = log r = f'(r) - f'(1) for the reverse KL only.
+    exact = divergence == "reverse_kl"
+    descends, why = (target, "") if exact else ("D_g, r g'(r) = f(r)", _VALUE)
+    return [
+        Objective(divergence, "policy_gradient", "", "", target, target, "", source),
+        Objective(divergence, "value_as_advantage", "", "", target, descends, why, _SCHULMAN),
+    ]
 
 
 def _rows() -> tuple[Objective, ...]:
     rows: list[Objective] = []
     for divergence, (target, source) in _TARGETS.items():
-        rows.append(Objective(divergence, "policy_gradient", target, target, "", source))
-        exact = divergence == "reverse_kl"  # f(r) / r = log r = f'(r) - f'(1)
+        rows += _sampled_rows(divergence, target, source)
+    target = _TARGETS["reverse_kl"][0]
+    for estimator, (descends, why) in _REVERSE_KL_ONLY.items():
+        rows.append(Objective("reverse_kl", estimator, "", "", target, descends, why, _SCHULMAN))
+    for divergence, (formula, source) in _TARGETS.items():
+        for measure, words in _MEASURES.items():
+            target = f"{formula}, {words}"
+            sloped = measure == "raw" and divergence in _SLOPED
+            why = (
+                "over a part of the vocabulary it is least elsewhere than at pi = q"
+                if sloped
+                else ""
+            )
+            rows.append(
+                Objective(divergence, "support_matching", measure, "", target, target, why, source)
+            )
+    for (measure, weights), (descends, why) in _SURROGATES.items():
+        target = "KL(pi_S || q_S)" if measure == "renormalized" else "sum_S pi log(pi/q) - pi + q"
         rows.append(
             Objective(
-                divergence,
-                "value_as_advantage",
-                target,
-                target if exact else "D_g, r g'(r) = f(r)",
-                "" if exact else _VALUE,
-                _SCHULMAN,
+                "reverse_kl", "topk_surrogate", measure, weights, target, descends, why, _RETHINKING
             )
         )
-    for estimator, (descends, why) in _REVERSE_KL_ONLY.items():
-        target = _TARGETS["reverse_kl"][0]
-        rows.append(Objective("reverse_kl", estimator, target, descends, why, _SCHULMAN))
     return tuple(rows)
 
 
 OBJECTIVES = _rows()
 
 
-def find_objective(divergence: str, estimator: str) -> Objective:
-    """The row of a pair.
+def _key_of(row: Objective) -> tuple[str, str, str, str]:
+    return row.divergence, row.estimator, row.measure, row.token_weights
+
+
+def find_objective(objective: ObjectiveConfig) -> Objective:
+    """The row that a recipe's objective is.
 
     Raises:
-        ConfigError: no such divergence, no such estimator, or not together.
+        ConfigError: no such divergence, estimator or measure, or not together.
     """
-    divergences = {row.divergence: None for row in OBJECTIVES}
-    estimators = {row.estimator: None for row in OBJECTIVES}
-    for key, name, known in (
-        ("divergence", divergence, divergences),
-        ("estimator", estimator, estimators),
+    for key, name in (
+        ("divergence", objective.divergence),
+        ("estimator", objective.estimator),
+        ("measure", objective.measure),
+        ("token_weights", objective.token_weights),
     ):
+        known = {getattr(row, key): None for row in OBJECTIVES if getattr(row, key)}
         if name not in known:
             raise ConfigError(
                 f"objective.{key}={name!r}: no such {key}{did_you_mean(name, known)}; "
                 f"use one of: {', '.join(known)}"
             )
-    for row in OBJECTIVES:
-        if (row.divergence, row.estimator) == (divergence, estimator):
-            return row
-    raise ConfigError.of(
-        "objective.estimator",
-        estimator,
-        f"is defined for reverse_kl, not for {divergence}",
-        "use policy_gradient",
+    wanted = (
+        objective.divergence,
+        objective.estimator,
+        objective.measure if objective.estimator in SUPPORT_ESTIMATORS else "",
+        objective.token_weights if objective.estimator == "topk_surrogate" else "",
     )
-
-
-def check_objective(objective: ObjectiveConfig) -> Objective:
-    """Refuse what can not be computed, and what is biased unless the recipe allows it.
-
-    Returns:
-        The row of the list.
-
-    Raises:
-        ConfigError: see above.
-    """
-    row = find_objective(objective.divergence, objective.estimator)
-    if objective.divergence == "jsd" and not 0.0 < objective.jsd_teacher_weight < 1.0:
-        raise ConfigError.of(
-            "objective.jsd_teacher_weight",
-            objective.jsd_teacher_weight,
-            "must lie strictly between 0 and 1, where the divergence is zero",
-            "use forward_kl or reverse_kl for the limits",
-        )
-    if objective.divergence in ("alpha", "tsallis") and (
-        not 0.0 < objective.alpha <= 2.0 or objective.alpha == 1.0
-    ):
-        raise ConfigError.of(
-            "objective.alpha",
-            objective.alpha,
-            "must lie in (0, 2] and not be 1",
-            "use forward_kl for 0 and reverse_kl for 1",
-        )
-    if not row.proven and not objective.allow_biased:
+    for row in OBJECTIVES:
+        if _key_of(row) == wanted:
+            return row
+    if objective.divergence != "reverse_kl":
         raise ConfigError.of(
             "objective.estimator",
             objective.estimator,
-            f"with divergence {objective.divergence} it descends {row.descends} ({row.why_biased})",
-            "use policy_gradient, or set objective.allow_biased=true to do it all the same",
+            f"is defined for reverse_kl, not for {objective.divergence}",
+            "use policy_gradient or support_matching",
         )
-    if objective.discount != 0.0:
-        raise ConfigError.of(
-            "objective.discount",
-            objective.discount,
-            "the learner computes per-token returns only",
-            "set it to 0",
-        )
-    if objective.entropy_bonus < 0.0:
-        raise ConfigError.of(
-            "objective.entropy_bonus", objective.entropy_bonus, "must be >= 0", "use 0 for none"
-        )
-    return row
+    raise ConfigError.of(
+        "objective.measure",
+        objective.measure,
+        f"{objective.estimator} has none such",
+        "use renormalized or raw",
+    )

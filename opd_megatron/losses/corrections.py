@@ -27,31 +27,11 @@ from __future__ import annotations
 import torch
 
 from opd_megatron.config.schema import CorrectionConfig
-from opd_megatron.errors import ConfigError
 from opd_megatron.losses.sequences import Sequences
 
 # exp(60) fits float32 with room for products and no finite threshold is beyond it; it bounds
 # log-ratios so that a token that one side calls impossible stays an ordinary input.
 MAX_LOG_RATIO = 60.0
-
-KINDS = ("none", "masked", "truncated")
-
-
-def check_correction(config: CorrectionConfig) -> None:
-    """Raise unless the correction can be computed.
-
-    Raises:
-        ConfigError: unknown kind, or bounds that exclude everything.
-    """
-    if config.kind not in KINDS:
-        raise ConfigError.of("correction.kind", config.kind, "unknown", f"use one of {KINDS}")
-    if not 0 <= config.low <= config.high:
-        raise ConfigError.of(
-            "correction.low",
-            config.low,
-            f"must lie in [0, correction.high={config.high}]",
-            "order the bounds",
-        )
 
 
 def importance_weights(

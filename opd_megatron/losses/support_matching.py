@@ -45,7 +45,10 @@ _LEAST_TAIL = {torch.float32: 1e-6, torch.float64: 1e-13}
 
 
 def _check(
-    student_logprobs_TJ: torch.Tensor, teacher_logprobs_TJ: torch.Tensor, valid_TJ: torch.Tensor
+    student_logprobs_TJ: torch.Tensor,
+    teacher_logprobs_TJ: torch.Tensor,
+    valid_TJ: torch.Tensor,
+    allow_nan: bool,
 ) -> None:
     check_dtype("student_logprobs_TJ", student_logprobs_TJ, LOGPROB_DTYPES)
     check_shape("student_logprobs_TJ", student_logprobs_TJ, ("T", "J"))
@@ -54,7 +57,8 @@ def _check(
     check_shape("teacher_logprobs_TJ", teacher_logprobs_TJ, shape)
     check_dtype("valid_TJ", valid_TJ, (torch.bool,))
     check_shape("valid_TJ", valid_TJ, shape)
-    check_no_nan("teacher_logprobs_TJ", teacher_logprobs_TJ.masked_fill(~valid_TJ, 0.0))
+    if not allow_nan:
+        check_no_nan("teacher_logprobs_TJ", teacher_logprobs_TJ.masked_fill(~valid_TJ, 0.0))
 
 
 def _floored(logprobs_TJ: torch.Tensor, valid_TJ: torch.Tensor) -> torch.Tensor:
@@ -99,6 +103,8 @@ def support_divergence(
     teacher_logprobs_TJ: torch.Tensor,
     valid_TJ: torch.Tensor,
     normalization: str,
+    *,
+    allow_nan: bool = False,
 ) -> torch.Tensor:
     """D_f on the support, per position.
 
@@ -108,6 +114,7 @@ def support_divergence(
         teacher_logprobs_TJ: [T, J] log q at the same ids, same dtype; -inf is an ordinary value.
         valid_TJ: [T, J] bool; a row without valid entries gives 0.
         normalization: see the module docstring.
+        allow_nan: let a NaN from the teacher make the result NaN instead of raising.
 
     Returns:
         [T], differentiable by the student's log-probs.
@@ -116,7 +123,7 @@ def support_divergence(
         ConfigError: unknown normalization.
         LossInputError: wrong dtype or shape, or NaN from the teacher.
     """
-    _check(student_logprobs_TJ, teacher_logprobs_TJ, valid_TJ)
+    _check(student_logprobs_TJ, teacher_logprobs_TJ, valid_TJ, allow_nan)
     student, teacher = _measures(student_logprobs_TJ, teacher_logprobs_TJ, valid_TJ, normalization)
     terms = divergence.terms(student, teacher)
     if normalization == "generalized":
@@ -130,6 +137,8 @@ def surrogate(
     valid_TJ: torch.Tensor,
     normalization: str,
     token_weights: str,
+    *,
+    allow_nan: bool = False,
 ) -> torch.Tensor:
     """Top-K policy-gradient surrogate of the reverse KL, per position; see the module docstring.
 
@@ -137,6 +146,7 @@ def surrogate(
         student_logprobs_TJ, teacher_logprobs_TJ, valid_TJ: as in `support_divergence`.
         normalization: `renormalized` or `raw`.
         token_weights: `student_p`, `teacher_p` or `none`.
+        allow_nan: as in `support_divergence`.
 
     Returns:
         [T]; its gradient means something, its value does not.
@@ -145,7 +155,7 @@ def surrogate(
         ConfigError: unknown normalization or token weights.
         LossInputError: wrong dtype or shape, or NaN from the teacher.
     """
-    _check(student_logprobs_TJ, teacher_logprobs_TJ, valid_TJ)
+    _check(student_logprobs_TJ, teacher_logprobs_TJ, valid_TJ, allow_nan)
     if normalization not in ("renormalized", "raw"):
         raise ConfigError.of(
             "normalization", normalization, "the surrogate has none such", "use renormalized or raw"

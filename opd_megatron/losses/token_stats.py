@@ -13,8 +13,12 @@ Any loss that is a function of these (it may couple tokens) has the exact gradie
 where g_Z, g_H, g_j are the loss's derivatives by log_z, entropy and the log-probs. Forward reads
 the logits once and needs two all-reduces, MAX of [T] and one packed SUM of [T, 3 + J]; backward
 needs none, because every rank holds the same statistics and the loss on them is replicated. What is
-saved for backward is the logits themselves (no copy), the ids and two [T] vectors; the working
-memory is one block of rows.
+saved for backward is the logits themselves (no copy), the ids, the log-probs and two [T] vectors;
+the working memory is one block of rows. Backward writes a tensor of the logits' size and dtype or,
+with `grad_in_place`, over the logits.
+
+Logits that are never stored: `fused.chunked` and `fused.recompute`. Against a teacher's full
+vocabulary: `fused.dense`. Backends: `fused.rows`.
 
 Left out: moments beyond the entropy, probabilities renormalised after top-p or top-k sampling, and
 double backward.
@@ -24,8 +28,7 @@ Shape suffixes: T tokens, V vocabulary (`local_` means this rank's shard), J sup
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -33,20 +36,18 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from opd_megatron.losses.checks import (
-    LOGIT_DTYPES,
-    LossInputError,
-    check_dtype,
-    check_ids,
-    check_shape,
+from opd_megatron.losses.checks import LossInputError
+from opd_megatron.losses.fused.rows import Backend, RowFunctions, RowGradient, row_functions
+from opd_megatron.losses.fused.shard import (
+    Merged,
+    Shard,
+    check_finite,
+    check_logits,
+    check_temperature,
+    make_shard,
+    merge,
+    wanted_ids,
 )
-
-# Rows are worked on in blocks of about this many logits. On a CPU, 4 MiB of float32 stays near the
-# caches and small next to the logits; a GPU needs more work a launch.
-_BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 24}
-# exp underflows to exactly 0 below -104 (float32) and -746 (float64), so a log-prob clamped here
-# never changes a product p * log p, but 0 * -inf can no longer happen.
-_LOG_FLOOR = -1000.0
 
 
 @dataclass(frozen=True)
@@ -63,66 +64,50 @@ class TokenStats:
     support_logprobs_TJ: torch.Tensor | None = None
 
 
-def _row_blocks(num_rows: int, num_columns: int, device: torch.device) -> Iterator[slice]:
-    step = max(1, _BLOCK_ELEMENTS[device.type] // max(1, num_columns))
-    return (slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step))
+def stats_of(merged: Merged, has_support: bool) -> TokenStats:
+    """TokenStats from whole-row statistics whose first column of log-probs is the target's."""
+    return TokenStats(
+        log_z_T=merged.log_z_T,
+        entropy_T=merged.entropy_T,
+        sampled_logprobs_T=merged.logprobs_TJ[:, 0],
+        support_logprobs_TJ=merged.logprobs_TJ[:, 1:] if has_support else None,
+    )
 
 
-def _local_moments(
-    local_logits_TV: torch.Tensor, scale: float, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Local max m, S = sum exp(z - m), W = sum exp(z - m)(z - m); (-inf, 0, 0) without mass."""
-    num_rows, num_columns = local_logits_TV.shape
-    max_T = local_logits_TV.new_full((num_rows,), -math.inf, dtype=dtype)
-    sum_T = torch.zeros_like(max_T)
-    weighted_T = torch.zeros_like(max_T)
-    if num_columns == 0:
-        return max_T, sum_T, weighted_T
-    for rows in _row_blocks(num_rows, num_columns, local_logits_TV.device):
-        z = local_logits_TV[rows].to(dtype, copy=True).mul_(scale)
-        m = z.amax(-1)
-        max_T[rows] = m
-        # A row without mass must not compute -inf - -inf.
-        z.sub_(torch.where(m == -math.inf, torch.zeros_like(m), m)[:, None])
-        e = z.exp()
-        sum_T[rows] = e.sum(-1)
-        weighted_T[rows] = e.mul_(z.clamp_min_(_LOG_FLOOR)).sum(-1)
-    return max_T, sum_T, weighted_T
+def check_overwritable(name: str, logits_TV: torch.Tensor) -> None:
+    """Raise unless a gradient may be written over the logits in backward.
 
-
-def _picked(
-    real_TV: torch.Tensor,
-    ids_TJ: torch.Tensor,
-    first_id: int,
-    temperature: float,
-    max_T: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """z - max at the ids that this shard owns (0 elsewhere), their local columns, and ownership."""
-    num_columns = real_TV.shape[1]
-    local_ids_TJ = ids_TJ - first_id
-    owned_TJ = (local_ids_TJ >= 0) & (local_ids_TJ < num_columns)
-    if num_columns == 0:
-        zeros = torch.zeros(ids_TJ.shape, dtype=max_T.dtype, device=max_T.device)
-        return zeros, torch.zeros_like(local_ids_TJ), owned_TJ
-    local_ids_TJ = local_ids_TJ.clamp(0, num_columns - 1)
-    picked_TJ = real_TV.gather(1, local_ids_TJ).to(max_T.dtype) * (1.0 / temperature)
-    picked_TJ = picked_TJ - max_T[:, None]
-    return torch.where(owned_TJ, picked_TJ, torch.zeros_like(picked_TJ)), local_ids_TJ, owned_TJ
-
-
-def _check_finite(local_max_T: torch.Tensor, shape: torch.Size) -> None:
-    bad_T = ~(local_max_T < math.inf)  # true for NaN as well
-    if bool(bad_T.any()):
+    Raises:
+        LossInputError: a leaf that needs a gradient (a parameter would lose its values), or
+            elements that share memory.
+    """
+    if not logits_TV.requires_grad:
+        return
+    if logits_TV.is_leaf:
         raise LossInputError(
-            f"local_logits_TV: NaN or +inf seen in {int(bad_T.sum())} rows, first row "
-            f"{int(bad_T.nonzero()[0])} (shape {list(shape)}), numbers below +inf wanted"
+            f"{name}: a leaf tensor of shape {list(logits_TV.shape)} that requires a gradient "
+            "seen, the output of an operation wanted for grad_in_place, because backward "
+            "overwrites it; set grad_in_place=False"
+        )
+    if 0 in logits_TV.stride() and logits_TV.numel() > 1:
+        raise LossInputError(
+            f"{name}: an expanded tensor (strides {list(logits_TV.stride())}, shape "
+            f"{list(logits_TV.shape)}) seen, one with memory for every element wanted for "
+            "grad_in_place; set grad_in_place=False"
         )
 
 
-def _all_reduce(
-    tensor: torch.Tensor, op: dist.ReduceOp.RedOpType, group: dist.ProcessGroup
-) -> None:
-    dist.all_reduce(tensor, op=op, group=group)  # pyright: ignore[reportUnknownMemberType]
+def gradient_buffer(logits_TV: torch.Tensor, num_real: int, in_place: bool) -> torch.Tensor:
+    """Where to write the gradient: the logits or a new tensor; 0 in the padded columns."""
+    if in_place:
+        # detach() shares the version counter, so a node that saved these logits and runs later
+        # raises instead of reading gradients; so does a second backward.
+        out_TV = logits_TV.detach()
+        torch.autograd.graph.increment_version(out_TV)
+    else:
+        out_TV = torch.empty_like(logits_TV)
+    out_TV[:, num_real:] = 0
+    return out_TV
 
 
 class _TokenStats(torch.autograd.Function):
@@ -133,35 +118,23 @@ class _TokenStats(torch.autograd.Function):
         ctx: Any,
         local_logits_TV: torch.Tensor,
         ids_TJ: torch.Tensor,
-        num_real_columns: int,
-        first_id: int,
+        shard: Shard,
         temperature: float,
-        group: dist.ProcessGroup | None,
+        functions: RowFunctions,
         allow_nan: bool,
+        grad_in_place: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        dtype = torch.float64 if local_logits_TV.dtype == torch.float64 else torch.float32
-        real_TV = local_logits_TV[:, :num_real_columns]
-        local_max_T, sum_T, weighted_T = _local_moments(real_TV, 1.0 / temperature, dtype)
+        local_ids_TJ = shard.local_ids(ids_TJ)
+        real_TV = local_logits_TV[:, : shard.num_real]
+        moments = functions.moments(real_TV, local_ids_TJ, 1.0 / temperature)
         if not allow_nan:
-            _check_finite(local_max_T, local_logits_TV.shape)
-        max_T = local_max_T.clone()
-        if group is not None:
-            _all_reduce(max_T, dist.ReduceOp.MAX, group)
-        # Rescale this shard's sums from its own maximum to the global one; without mass they are 0.
-        no_mass_T = local_max_T == -math.inf
-        shift_T = torch.where(no_mass_T, torch.zeros_like(max_T), local_max_T - max_T)
-        rescale_T = shift_T.exp()
-        picked_TJ, local_ids_TJ, owned_TJ = _picked(real_TV, ids_TJ, first_id, temperature, max_T)
-        moments_T2 = torch.stack([sum_T, weighted_T + shift_T * sum_T], dim=1) * rescale_T[:, None]
-        packed = torch.cat([moments_T2, picked_TJ], dim=1)
-        if group is not None:
-            _all_reduce(packed, dist.ReduceOp.SUM, group)
-        log_sum_T = packed[:, 0].log()
-        entropy_T = log_sum_T - packed[:, 1] / packed[:, 0]
-        log_z_T = max_T + log_sum_T
-        ctx.save_for_backward(local_logits_TV, local_ids_TJ, owned_TJ, log_z_T, entropy_T)
-        ctx.num_real_columns, ctx.temperature = num_real_columns, temperature
-        return log_z_T, entropy_T, packed[:, 2:] - log_sum_T[:, None]
+            check_finite("local_logits_TV", moments, local_logits_TV.shape)
+        merged = merge(moments, local_ids_TJ >= 0, shard)
+        outputs = (merged.log_z_T, merged.entropy_T, merged.logprobs_TJ)
+        ctx.save_for_backward(local_logits_TV, local_ids_TJ, *outputs)
+        ctx.num_real, ctx.scale, ctx.functions = shard.num_real, 1.0 / temperature, functions
+        ctx.grad_in_place = grad_in_place
+        return outputs
 
     @staticmethod
     @once_differentiable
@@ -169,23 +142,20 @@ class _TokenStats(torch.autograd.Function):
         ctx: Any, *grads: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
         grad_log_z_T, grad_entropy_T, grad_logprobs_TJ = grads
-        logits_TV, local_ids_TJ, owned_TJ, log_z_T, entropy_T = ctx.saved_tensors
-        scale = 1.0 / ctx.temperature
-        columns = slice(0, ctx.num_real_columns)
-        dense_T = grad_log_z_T - grad_logprobs_TJ.sum(-1)
-        sparse_TJ = torch.where(owned_TJ, grad_logprobs_TJ, torch.zeros_like(grad_logprobs_TJ))
-        grad_TV = torch.empty_like(logits_TV)
-        grad_TV[:, ctx.num_real_columns :] = 0
-        if ctx.num_real_columns > 0:
-            for rows in _row_blocks(logits_TV.shape[0], ctx.num_real_columns, logits_TV.device):
-                logp = logits_TV[rows, columns].to(log_z_T.dtype, copy=True).mul_(scale)
-                logp.sub_(log_z_T[rows, None])
-                dz = logp.exp()
-                centered = logp.clamp_min_(_LOG_FLOOR).add_(entropy_T[rows, None])  # z - E
-                dz.mul_(centered.mul_(-grad_entropy_T[rows, None]).add_(dense_T[rows, None]))
-                dz.scatter_add_(1, local_ids_TJ[rows], sparse_TJ[rows])
-                grad_TV[rows, columns] = dz.mul_(scale).to(grad_TV.dtype)
-        return grad_TV, None, None, None, None, None, None
+        logits_TV, local_ids_TJ, log_z_T, entropy_T, logprobs_TJ = ctx.saved_tensors
+        row = RowGradient(
+            log_z_T=log_z_T,
+            entropy_T=entropy_T,
+            dense_T=grad_log_z_T - grad_logprobs_TJ.sum(-1),
+            grad_entropy_T=grad_entropy_T,
+            local_ids_TJ=local_ids_TJ,
+            logprobs_TJ=logprobs_TJ,
+            grad_logprobs_TJ=grad_logprobs_TJ,
+        )
+        real = slice(0, ctx.num_real)
+        out_TV = gradient_buffer(logits_TV, ctx.num_real, ctx.grad_in_place)
+        ctx.functions.gradient(logits_TV.detach()[:, real], out_TV[:, real], row, ctx.scale)
+        return out_TV, None, None, None, None, None, None
 
 
 def token_stats(
@@ -197,6 +167,8 @@ def token_stats(
     temperature: float = 1.0,
     group: dist.ProcessGroup | None = None,
     allow_nan: bool = False,
+    backend: Backend = "auto",
+    grad_in_place: bool = False,
 ) -> TokenStats:
     """log Z, entropy and the log-probs of the target and support ids, differentiable by the logits.
 
@@ -213,50 +185,39 @@ def token_stats(
         allow_nan: False raises on NaN or +inf in this rank's shard. True lets it turn the
             statistics of that token into NaN on every rank, for a caller that decides about a bad
             step collectively.
+        backend: see `fused.rows`.
+        grad_in_place: backward overwrites the logits with their gradient and needs no memory of
+            their size. Nothing may read the logits after that backward. Another autograd node that
+            saved them and runs later raises torch's "modified by an inplace operation", and so does
+            a second backward.
 
     Returns:
         TokenStats, float32 (float64 for float64 logits).
 
     Raises:
-        LossInputError: wrong dtype or shape, id outside the vocabulary, NaN or +inf; raised before
-            any collective.
+        LossInputError: wrong dtype or shape, id outside the vocabulary, NaN or +inf, or logits that
+            can not be overwritten; raised before any collective.
+        ConfigError: a backend that is unknown or can not run here.
     """
-    check_dtype("local_logits_TV", local_logits_TV, LOGIT_DTYPES)
-    check_shape("local_logits_TV", local_logits_TV, ("T", "V/tp"))
+    check_logits("local_logits_TV", local_logits_TV)
     num_tokens, local_size = local_logits_TV.shape
-    check_shape("target_ids_T", target_ids_T, (num_tokens,))
-    check_ids("target_ids_T", target_ids_T, vocab_size)
-    ids_TJ = target_ids_T[:, None]
-    if support_ids_TJ is not None:
-        check_shape("support_ids_TJ", support_ids_TJ, (num_tokens, "J"))
-        check_ids("support_ids_TJ", support_ids_TJ, vocab_size)
-        ids_TJ = torch.cat([ids_TJ.long(), support_ids_TJ.long()], dim=1)
-    if not temperature > 0 or math.isinf(temperature):
-        raise LossInputError(f"temperature: {temperature} seen, a positive finite number wanted")
-    world_size = 1 if group is None else dist.get_world_size(group)
-    if local_size * world_size < vocab_size:
-        raise LossInputError(
-            f"local_logits_TV: shape {list(local_logits_TV.shape)} on {world_size} rank(s) seen, "
-            f"at least {vocab_size} columns in total wanted"
-        )
-    first_id = 0 if group is None else dist.get_rank(group) * local_size
-    num_real_columns = max(0, min(local_size, vocab_size - first_id))
+    ids_TJ = wanted_ids(num_tokens, target_ids_T, support_ids_TJ, vocab_size)
+    check_temperature("temperature", temperature)
+    shard = make_shard("local_logits_TV", local_logits_TV.shape, local_size, vocab_size, group)
+    if grad_in_place:
+        check_overwritable("local_logits_TV", local_logits_TV)
+    functions = row_functions(backend, local_logits_TV.device, local_logits_TV.dtype)
     apply = cast(
         Callable[..., tuple[torch.Tensor, ...]],
         _TokenStats.apply,  # pyright: ignore[reportUnknownMemberType]
     )
-    log_z_T, entropy_T, logprobs_TJ = apply(
+    outputs = apply(
         local_logits_TV,
-        ids_TJ.long(),
-        num_real_columns,
-        first_id,
+        ids_TJ,
+        shard,
         float(temperature),
-        group if world_size > 1 else None,
+        functions,
         allow_nan,
+        grad_in_place,
     )
-    return TokenStats(
-        log_z_T=log_z_T,
-        entropy_T=entropy_T,
-        sampled_logprobs_T=logprobs_TJ[:, 0],
-        support_logprobs_TJ=None if support_ids_TJ is None else logprobs_TJ[:, 1:],
-    )
+    return stats_of(Merged(*outputs), support_ids_TJ is not None)

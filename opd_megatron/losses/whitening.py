@@ -7,8 +7,8 @@
 
 A distillation advantage is not a reward with an arbitrary origin: its mean is the divergence that
 is to go down. Whitening after the distillation term was added subtracts that signal (with one set a
-batch, all of it). So `combine` whitens the task advantage only, adds the distillation term after
-it, and anything else has to be written out by the caller. Moments are returned, to be logged.
+batch, all of it). So a recipe whitens the task advantage, and anything else needs its permission
+(combinations.py). Moments are returned, to be logged.
 """
 
 from __future__ import annotations
@@ -70,31 +70,3 @@ def whiten(
     least_T = _LEAST_STD * (1.0 + sets.spread(found.mean_B).abs())
     whitened_T = torch.where(std_T > least_T, centered_T / std_T.clamp_min(_LEAST_STD), 0.0)
     return torch.where(sets.kept_T, whitened_T, torch.zeros_like(values_T)), found
-
-
-def group_relative(rewards_B: torch.Tensor, groups: Sequences) -> torch.Tensor:
-    """Task advantage of a response: its reward, whitened among the responses to the same prompt.
-
-    Args:
-        rewards_B: [B], one reward a response.
-        groups: ids_T is [B] here, the prompt of each response.
-
-    Returns:
-        [B]; 0 where all responses to a prompt have the same reward. Source: GRPO, 2402.03300.
-    """
-    return whiten(rewards_B, groups)[0]
-
-
-def combine(
-    distillation_T: torch.Tensor,
-    task_T: torch.Tensor,
-    *,
-    kl_coefficient: float,
-    task_coefficient: float,
-) -> torch.Tensor:
-    """kl_coefficient times the distillation plus task_coefficient times the task advantage.
-
-    Whiten `task_T` before, never the sum. Descends kl_coefficient D_f - task_coefficient E[task
-    advantage].
-    """
-    return kl_coefficient * distillation_T + task_coefficient * task_T

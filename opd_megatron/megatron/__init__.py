@@ -4,7 +4,7 @@ The only package that imports `megatron.*`.
 
     learner     process entry under torchrun; the command loop
     commands    load, score, train, publish, save
-    step        one optimizer step; `forward` runs micro-batches, `reduction` makes values global
+    step        one step; `forward` runs micro-batches, `micro_loss` is the loss of one of them
     model       Hugging Face config -> TransformerConfig, layer spec, GPTModel
     hf          streamed weights in and out; `hf_names` is the one name table
     checkpoint  distributed checkpoints

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from opd_megatron.config.schema import LearnerConfig
 from opd_megatron.errors import ConfigError
 
 # Vocabulary rows are padded to a multiple that does not depend on the tensor-parallel size, so that
@@ -146,3 +147,23 @@ def architecture_of(config: dict[str, Any], where: str = CONFIG_FILE) -> Archite
         rope_scaling=scaling,
         tied_embeddings=bool(config.get("tie_word_embeddings", False)),
     )
+
+
+def check_layout(arch: Architecture, learner: LearnerConfig) -> None:
+    """Refuse sizes that do not divide.
+
+    Raises:
+        ConfigError: heads, groups, ffn or layers do not fit the layout.
+    """
+    tp, pp = learner.tensor_parallel, learner.pipeline_parallel
+    vpp = learner.virtual_pipeline
+    for what, size, key, parts in (
+        ("num_attention_heads", arch.num_heads, "learner.tensor_parallel", tp),
+        ("num_key_value_heads", arch.num_kv_heads, "learner.tensor_parallel", tp),
+        ("intermediate_size", arch.ffn_size, "learner.tensor_parallel", tp),
+        ("padded vocabulary", arch.padded_vocab_size, "learner.tensor_parallel", tp),
+        ("num_hidden_layers", arch.num_layers, "learner.pipeline_parallel", pp),
+        ("layers of a pipeline stage", arch.num_layers // pp, "learner.virtual_pipeline", vpp),
+    ):
+        if size % parts:
+            raise ConfigError.of(key, parts, f"must divide {what} = {size}", "choose a divisor")

@@ -64,16 +64,16 @@ class _InProcessStrategy(TorchDistSaveShardedStrategy):
     def __init__(self) -> None:
         super().__init__("torch_dist", 1, thread_count=1)
 
-    def async_save(self, sharded_state_dict: Any, checkpoint_dir: Path) -> AsyncRequest:
+    def async_save(self, sharded_state_dict: Any, checkpoint_dir: Path, **how: Any) -> AsyncRequest:
         # The writer takes its results queue from here; a plain one serves a writer in this process.
         filesystem_async._results_queue = queue.Queue()
         try:
-            return super().async_save(sharded_state_dict, checkpoint_dir)
+            return super().async_save(sharded_state_dict, checkpoint_dir, **how)
         finally:
             filesystem_async._results_queue = None
 
-    def _get_save_and_finalize_callbacks(self, writer: Any, save_state_dict_ret: Any) -> Any:
-        stock = super()._get_save_and_finalize_callbacks(writer, save_state_dict_ret)
+    def _get_save_and_finalize_callbacks(self, writer: Any, *details: Any) -> Any:
+        stock = super()._get_save_and_finalize_callbacks(writer, *details)
         transforms = [writer.transforms] if hasattr(writer, "transforms") else []
 
         def write(_: int, buckets: list[Any], results: queue.Queue[Any]) -> None:
@@ -110,7 +110,11 @@ def _sharded_state(
     optimizer, scheduler = state.require_loaded(), state.scheduler
     assert scheduler is not None
     metadata = _metadata()
-    model = state.module.sharded_state_dict(metadata=metadata)
+    # The chunk's place in this dictionary is local; tensors are named by their layer in the model.
+    model = {
+        f"chunk{number}": module.sharded_state_dict(metadata=metadata)
+        for number, module in enumerate(state.modules)
+    }
     sharded: dict[str, Any] = {
         "model": model,
         "optimizer": optimizer.sharded_state_dict(model, is_loading, metadata=metadata),
@@ -168,7 +172,8 @@ def load(state: LearnerState, directory: Path) -> None:
         loaded: Any = dist_checkpointing.load(
             _sharded_state(state, is_loading=True, with_random_states=same_layout), str(directory)
         )
-        state.module.load_state_dict(loaded["model"])
+        for number, module in enumerate(state.modules):
+            module.load_state_dict(loaded["model"][f"chunk{number}"])
         state.optimizer.load_state_dict(loaded["optimizer"])
     except Exception as error:  # whatever damaged files raise inside torch or Megatron
         raise CheckpointError(f"{directory}: can not be loaded: {error!r}") from error

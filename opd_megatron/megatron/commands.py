@@ -21,7 +21,14 @@ from safetensors.torch import save as to_safetensors
 
 from opd_megatron.atomic import write_bytes
 from opd_megatron.errors import ContractError
-from opd_megatron.exchange.batch_file import BatchIndex, BatchSlice, read_batch, read_index
+from opd_megatron.exchange.batch_file import (
+    BatchIndex,
+    BatchSlice,
+    read_batch,
+    read_index,
+    read_whole,
+)
+from opd_megatron.losses.settings import LossSettings
 from opd_megatron.megatron import checkpoint
 from opd_megatron.megatron.publish import publish
 from opd_megatron.megatron.state import LearnerState
@@ -63,10 +70,12 @@ def train_batch(state: LearnerState, command: Command) -> Result:
     batch = Path(command["batch"])
     index = read_index(batch)
     check_staleness(index, command["max_staleness"])
-    result = train(state, index, _reader(batch))
+    with_topk = LossSettings.of(state.recipe).teacher_topk > 0
+    result = train(state, index, _reader(batch), read_whole(batch, with_topk=with_topk))
     _write_values(Path(command["out"]), result.values)
     return {
-        "applied": result.why_not_applied is None,
+        # A second update that was refused leaves the first one standing: the batch was trained on.
+        "applied": result.updates > 0,
         "why_not_applied": result.why_not_applied,
         "metrics": result.metrics,
         "timings": result.timings,
@@ -118,7 +127,7 @@ def publish_weights(state: LearnerState, command: Command) -> Result:
     state.require_loaded()
     probe_logprobs = _probe_logprobs(state, command["probe_tokens"])
     size, tensors = publish(
-        state.module,
+        state.modules,
         state.arch,
         state.groups,
         Path(state.recipe.student.path),

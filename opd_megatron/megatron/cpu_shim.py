@@ -5,8 +5,12 @@ Megatron-Core writes "cuda" into factory calls, compares `Tensor.type()` with
 such calls wherever they are, a few functions of `torch.cuda` are replaced, and the random-number
 tracker keeps CPU generators.
 
+What is replaced on `torch.cuda`: current_device, synchronize, set_device, the three generator
+functions, and (from Megatron-Core 0.17) the four functions that hand out streams, for its gradient
+buffers ask for the current stream. On CPU there is one stream and everything on it has finished.
+
 Installed only when the device is "cpu"; the mode is thread-local, so install it in the thread that
-calls Megatron. Left out: streams and events (nothing used on CPU needs them in the tested
+calls Megatron. Left out: events and CUDA graphs (nothing used on CPU needs them in the tested
 versions).
 """
 
@@ -53,8 +57,21 @@ class _CudaToCpu(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+class _FinishedStream:
+    """The one stream of a CPU: every operation on it is over when the call returns."""
+
+    def wait_stream(self, _: object) -> None: ...
+
+    def wait_event(self, _: object) -> None: ...
+
+    def record_event(self, _: object = None) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
 def _replace_cuda_functions() -> None:
     cpu = torch.device("cpu")
+    stream = _FinishedStream()
     # One function object each: torch._dynamo keeps a table of the functions of `torch.cuda`.
     replacements: dict[str, Callable[..., Any]] = {
         "current_device": lambda: cpu,
@@ -63,6 +80,7 @@ def _replace_cuda_functions() -> None:
         "get_rng_state": lambda *_, **__: torch.get_rng_state(),
         "set_rng_state": lambda state, *_, **__: torch.set_rng_state(state),
         "manual_seed": lambda seed: torch.manual_seed(seed),
+        "current_stream": lambda *_, **__: stream,
     }
     for name, function in replacements.items():
         setattr(torch.cuda, name, function)

@@ -27,29 +27,35 @@ from opd_megatron.data.packing import (
 )
 from opd_megatron.errors import ContractError
 from opd_megatron.exchange.batch_file import BatchIndex, BatchSlice
-from opd_megatron.losses.token_stats import TokenStats, token_stats
-from opd_megatron.megatron.architecture import Architecture
 from opd_megatron.megatron.parallel import Groups, Layout
 
-# (stats, micro-batch) -> (loss sum, token count, per-token values by name, what to reduce later)
-MicroLoss = Callable[
-    [TokenStats, "DeviceMicroBatch"],
-    tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor], Any],
-]
+
+@dataclass(frozen=True)
+class MicroResult:
+    """`loss_sum` carries the gradient, `count` is its share of the divisor, `values` [T] are for the records."""
+
+    loss_sum: torch.Tensor
+    count: torch.Tensor
+    values: dict[str, torch.Tensor]
+
+
+# (what the last stage returns, micro-batch) -> result; see output_head.py
+MicroFunction = Callable[[torch.Tensor, "DeviceMicroBatch"], MicroResult]
 
 
 @dataclass(frozen=True)
 class DeviceMicroBatch:
-    """This rank's rows of a micro-batch. Suffix T: packed tokens of this context-parallel rank."""
+    """This rank's rows of a micro-batch. Suffix T: packed tokens of this context-parallel rank, K: teacher top-K."""
 
     tokens_1T: torch.Tensor
     position_ids_1T: torch.Tensor
     documents: PackedSeqParams
     target_ids_T: torch.Tensor
-    mask_T: torch.Tensor
     behavior_logprobs_T: torch.Tensor
     teacher_logprobs_T: torch.Tensor
-    output_index_T: torch.Tensor
+    output_index_T: torch.Tensor  # row in batch order, -1 where there is no response token
+    topk_ids_TK: torch.Tensor | None
+    topk_logprobs_TK: torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,6 @@ class MicroOutput:
 
     values: dict[str, torch.Tensor]
     output_index_T: torch.Tensor
-    extra: Any
 
 
 def to_device(micro: MicroBatch, groups: Groups, device: torch.device) -> DeviceMicroBatch:
@@ -80,10 +85,11 @@ def to_device(micro: MicroBatch, groups: Groups, device: torch.device) -> Device
             max_seqlen_kv=micro.max_document_length,
         ),
         target_ids_T=tensor(micro.target_ids_T),
-        mask_T=tensor(micro.loss_mask_T),
         behavior_logprobs_T=tensor(micro.behavior_logprobs_T),
         teacher_logprobs_T=tensor(micro.teacher_logprobs_T),
         output_index_T=tensor(micro.output_index_T),
+        topk_ids_TK=None if micro.topk_ids_TK is None else tensor(micro.topk_ids_TK),
+        topk_logprobs_TK=None if micro.topk_logprobs_TK is None else tensor(micro.topk_logprobs_TK),
     )
 
 
@@ -102,7 +108,13 @@ def pack_for_rank(
         ContractError: a token is outside the vocabulary.
     """
     lengths = document_lengths(index, layout.document_multiple)
-    plan = plan_packing(lengths, layout.dp, tokens_per_microbatch, layout.token_multiple)
+    plan = plan_packing(
+        lengths,
+        layout.dp,
+        tokens_per_microbatch,
+        layout.token_multiple,
+        layout.micro_batch_multiple,
+    )
     batch = read(plan.of_rank(groups.dp.rank()))
     for sample_id, tokens in zip(batch.sample_ids, batch.tokens, strict=True):
         if tokens.min() < 0 or tokens.max() >= vocab_size:
@@ -114,13 +126,11 @@ def pack_for_rank(
 
 
 def run_micro_batches(
-    model: DistributedDataParallel,
-    arch: Architecture,
+    models: Sequence[DistributedDataParallel],
     groups: Groups,
     micro_batches: Sequence[MicroBatch],
-    micro_loss: MicroLoss,
+    function: MicroFunction,
     *,
-    temperature: float,
     forward_only: bool,
 ) -> list[MicroOutput]:
     """Forward, and backward unless `forward_only`, over all micro-batches of this rank.
@@ -128,7 +138,8 @@ def run_micro_batches(
     Returns:
         One output per micro-batch on the last pipeline stage, nothing on others.
     """
-    device = next(model.parameters()).device
+    device = next(models[0].parameters()).device
+    is_interleaved = len(models) > 1
 
     def forward_step(
         batches: Iterator[MicroBatch], module: torch.nn.Module
@@ -138,30 +149,22 @@ def run_micro_batches(
             batch.tokens_1T, batch.position_ids_1T, None, packed_seq_params=batch.documents
         )
 
-        def loss(logits_1TV: torch.Tensor) -> Any:
-            stats = token_stats(
-                logits_1TV[0],
-                batch.target_ids_T,
-                vocab_size=arch.vocab_size,
-                temperature=temperature,
-                group=groups.tp if groups.tp.size() > 1 else None,
-                allow_nan=True,
-            )
-            loss_sum, count, values, extra = micro_loss(stats, batch)
-            detached = {name: value.detach() for name, value in values.items()}
-            return (
-                loss_sum,
-                count.to(torch.int),
-                MicroOutput(detached, batch.output_index_T, extra),
-            )
+        def loss(output: torch.Tensor) -> Any:
+            result = function(output, batch)
+            values = {name: value.detach() for name, value in result.values.items()}
+            kept = MicroOutput(values, batch.output_index_T)
+            return result.loss_sum, result.count.to(torch.int), kept
 
         return output, loss
 
     with torch.set_grad_enabled(not forward_only):
         outputs = get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=iter(micro_batches),
-            model=model,
+            # Every chunk of a virtual pipeline reads all micro-batches.
+            data_iterator=(
+                [iter(micro_batches) for _ in models] if is_interleaved else iter(micro_batches)
+            ),
+            model=list(models) if is_interleaved else models[0],
             num_microbatches=len(micro_batches),
             seq_length=micro_batches[0].num_tokens,
             micro_batch_size=1,

@@ -7,7 +7,7 @@ group and sends it to rank 0 of the pipeline group. Only data-parallel replica 0
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -26,9 +26,11 @@ from opd_megatron.megatron.hf_names import (
 from opd_megatron.megatron.parallel import Groups
 from opd_megatron.megatron.safetensors_files import ModelWeights, check_tensors
 
+LocalParameters = list[tuple[Unit, torch.nn.Parameter]]
 
-def local_parameters(model: GPTModel, arch: Architecture) -> list[tuple[Unit, torch.nn.Parameter]]:
-    """Units of this stage with their parameters, in export order."""
+
+def _chunk_parameters(model: GPTModel, arch: Architecture) -> LocalParameters:
+    """Units of one model chunk with their parameters, in export order."""
     parameters = dict(model.named_parameters())
     layers = {int(layer.layer_number) - 1: i for i, layer in enumerate(model.decoder.layers)}  # type: ignore[arg-type]
     found = []
@@ -43,13 +45,18 @@ def local_parameters(model: GPTModel, arch: Architecture) -> list[tuple[Unit, to
     return found
 
 
-def mark_sharded(model: GPTModel, arch: Architecture) -> None:
+def local_parameters(modules: Sequence[GPTModel], arch: Architecture) -> LocalParameters:
+    """Units of this stage (one module, or the chunks of a virtual pipeline) with their parameters."""
+    return [pair for module in modules for pair in _chunk_parameters(module, arch)]
+
+
+def mark_sharded(modules: Sequence[GPTModel], arch: Architecture) -> None:
     """Set the attributes by which Megatron tells tensor-parallel shards from replicas.
 
     Megatron sets them while it initialises weights, which is skipped here. Without them the
     gradient norm counts the shards of rank 0 only, and clipping is wrong without any error.
     """
-    for unit, parameter in local_parameters(model, arch):
+    for unit, parameter in local_parameters(modules, arch):
         if unit.kind == "whole":
             continue
         for name, value in (
@@ -123,7 +130,9 @@ def _check_tied_head(weights: ModelWeights, arch: Architecture, tp_size: int, tp
 
 
 @torch.no_grad()
-def load(model: GPTModel, arch: Architecture, model_path: Path, tp: dist.ProcessGroup) -> None:
+def load(
+    modules: Sequence[GPTModel], arch: Architecture, model_path: Path, tp: dist.ProcessGroup
+) -> None:
     """Fill this rank's parameters from a Hugging Face directory.
 
     Raises:
@@ -132,7 +141,7 @@ def load(model: GPTModel, arch: Architecture, model_path: Path, tp: dist.Process
     weights = ModelWeights(model_path)
     check_tensors(weights, arch)
     _check_tied_head(weights, arch, tp.size(), tp.rank())
-    for unit, parameter in local_parameters(model, arch):
+    for unit, parameter in local_parameters(modules, arch):
         shard = read_shard(weights, unit, arch, tp.size(), tp.rank())
         assert shard.shape == parameter.shape, (unit.hf, shard.shape, parameter.shape)
         parameter.copy_(shard)
@@ -151,7 +160,7 @@ def _gather_unit(
 
 @torch.no_grad()
 def stream(
-    model: GPTModel, arch: Architecture, groups: Groups, value: str = "weight"
+    modules: Sequence[GPTModel], arch: Architecture, groups: Groups, value: str = "weight"
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (name, CPU tensor) of the whole model on global rank 0, in the order of `hf_shapes`.
 
@@ -165,20 +174,20 @@ def stream(
     """
     if groups.dp_cp.rank() != 0:
         return
-    local = dict(local_parameters(model, arch))
+    local = dict(local_parameters(modules, arch))
     owned: list[list[tuple[str, ...]]] = [[] for _ in range(groups.pp.size())]
     dist.all_gather_object(owned, [unit.hf for unit in local], group=groups.pp)
     for unit in units(arch):
         owner = next(stage for stage, names in enumerate(owned) if unit.hf in names)
         tensors: list[torch.Tensor] | None = None
-        dtype = torch.float32 if value == "gradient" else model.config.params_dtype
+        dtype = torch.float32 if value == "gradient" else modules[0].config.params_dtype
         if groups.pp.rank() == owner:
             source = "main_grad" if value == "gradient" else "data"
             tensors = _gather_unit(unit, arch, getattr(local[unit], source), groups.tp)
         if groups.tp.rank() != 0:
             continue
         root = dist.get_global_rank(groups.pp, 0)
-        device = next(model.parameters()).device
+        device = next(modules[0].parameters()).device
         if owner != 0 and groups.pp.rank() == owner and tensors is not None:
             for tensor in tensors:
                 dist.send(tensor.contiguous(), dst=root, group=groups.pp)

@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("opd.learner")
 
+# Set by megatron/torchrun.py; absent under any other torchrun.
+AGENT_PID = "OPD_TORCHRUN_PID"
+
 HEARTBEAT_S = 10.0
 _EXIT_DEFECT = 1
 
@@ -82,7 +85,8 @@ def start_world(recipe: Recipe) -> LearnerState:
     """Versions, device, process groups and model of this rank.
 
     Raises:
-        ConfigError: untested Megatron-Core, unsupported student or layout.
+        ConfigError: untested Megatron-Core, a GPU that can not run the precision, unsupported student
+            or layout.
     """
     from opd_megatron.megatron.version import check_version
 
@@ -92,6 +96,10 @@ def start_world(recipe: Recipe) -> LearnerState:
 
         torch.set_num_threads(1)
         cpu_shim.install()
+    else:
+        from opd_megatron.megatron.precision import check_gpu, current_gpu
+
+        check_gpu(recipe.learner, current_gpu())
     from opd_megatron.megatron import parallel
     from opd_megatron.megatron.state import build_state
 
@@ -147,7 +155,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--run-yaml", type=Path, required=True)
     parser.add_argument("--mailbox", type=Path, required=True)
     arguments = parser.parse_args(argv)
-    die_with_parent(os.getppid())
+    die_with_parent(int(os.environ.get(AGENT_PID) or os.getppid()))
     log.setLevel(logging.INFO)
     logging.basicConfig(
         level=logging.WARNING,

@@ -1,12 +1,15 @@
 """Hugging Face architecture -> TransformerConfig, layer spec and GPTModel of this pipeline stage.
 
-One builder for both devices. CUDA uses Transformer Engine's layers and fusions; CPU uses
-`cpu_layers` and no fusion. Weights are left uninitialised: a model is only used after `hf.load` or
-a checkpoint filled it.
+One builder for both devices. CUDA uses Transformer Engine's layers and fusions, and its FP8; CPU
+uses `cpu_layers` and no fusion. With a virtual pipeline a stage is several chunks, each a GPTModel
+of its own. Weights are left uninitialised: a model is only used after `hf.load` or a checkpoint
+filled it. The output head always computes in the precision of the weights, never in FP8.
 """
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,10 +33,15 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from opd_megatron.config.schema import LearnerConfig
 from opd_megatron.errors import ConfigError
-from opd_megatron.megatron.architecture import Architecture
+from opd_megatron.megatron.architecture import Architecture, check_layout
 from opd_megatron.megatron.parallel import layout_of
+from opd_megatron.megatron.precision import fp8_settings
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Of weights and activations outside FP8 kernels.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
+
+# NVIDIA Apex's kernel that adds a weight gradient to the main gradient while it is computed.
+_WGRAD_KERNEL = "fused_weight_gradient_mlp_cuda"
 
 _CPU_SETTINGS: dict[str, Any] = {
     "use_cpu_initialization": True,
@@ -48,7 +56,6 @@ _CPU_SETTINGS: dict[str, Any] = {
     "batch_p2p_sync": False,
 }
 _CUDA_SETTINGS: dict[str, Any] = {
-    "gradient_accumulation_fusion": False,
     "bias_activation_fusion": True,
     "bias_dropout_fusion": True,
     "masked_softmax_fusion": True,
@@ -58,22 +65,32 @@ _CUDA_SETTINGS: dict[str, Any] = {
 }
 
 
-def check_layout(arch: Architecture, learner: LearnerConfig) -> None:
-    """Refuse sizes that do not divide.
+def _pipeline_settings(learner: LearnerConfig) -> dict[str, Any]:
+    """Batched sends for 1F1B. The interleaved schedule overlaps single sends with computation: two
+    ranks exchange several chunks, and only the overlapped order keeps their messages apart."""
+    if learner.virtual_pipeline == 1:
+        return {"batch_p2p_comm": True}
+    return {
+        "virtual_pipeline_model_parallel_size": learner.virtual_pipeline,
+        "overlap_p2p_comm": True,
+        "batch_p2p_comm": False,
+    }
+
+
+def _device_settings(device: str) -> dict[str, Any]:
+    """Fusions and communication.
 
     Raises:
-        ConfigError: heads, groups, ffn or layers do not fit the layout.
+        ConfigError: device "cuda" without Transformer Engine.
     """
-    tp, pp = learner.tensor_parallel, learner.pipeline_parallel
-    for what, size, key, parts in (
-        ("num_attention_heads", arch.num_heads, "learner.tensor_parallel", tp),
-        ("num_key_value_heads", arch.num_kv_heads, "learner.tensor_parallel", tp),
-        ("intermediate_size", arch.ffn_size, "learner.tensor_parallel", tp),
-        ("padded vocabulary", arch.padded_vocab_size, "learner.tensor_parallel", tp),
-        ("num_hidden_layers", arch.num_layers, "learner.pipeline_parallel", pp),
-    ):
-        if size % parts:
-            raise ConfigError.of(key, parts, f"must divide {what} = {size}", "choose a divisor")
+    if device == "cpu":
+        return _CPU_SETTINGS
+    if importlib.util.find_spec("transformer_engine") is None:
+        raise ConfigError.of(
+            "device", "cuda", "needs Transformer Engine", "install the `fp8` extra"
+        )
+    has_kernel = importlib.util.find_spec(_WGRAD_KERNEL) is not None
+    return {**_CUDA_SETTINGS, "gradient_accumulation_fusion": has_kernel}
 
 
 def transformer_config(
@@ -82,7 +99,8 @@ def transformer_config(
     """Megatron's configuration of the model.
 
     Raises:
-        ConfigError: the layout does not fit the model.
+        ConfigError: the layout or the FP8 layers do not fit the model, or device "cuda" without
+            Transformer Engine.
     """
     check_layout(arch, learner)
     layout = layout_of(learner)
@@ -122,27 +140,18 @@ def transformer_config(
         bf16=dtype is torch.bfloat16,
         perform_initialization=False,
         attention_softmax_in_fp32=True,
-        batch_p2p_comm=True,
         # The loss function returns a sum; gradients are divided by the global token count.
         calculate_per_token_loss=True,
         **recompute,
-        **(_CPU_SETTINGS if device == "cpu" else _CUDA_SETTINGS),
+        **fp8_settings(arch.num_layers, learner),
+        **_pipeline_settings(learner),
+        **_device_settings(device),
     )
 
 
-def layer_spec(config: TransformerConfig, device: str) -> Any:
-    """The modules of a block.
-
-    Raises:
-        ConfigError: device "cuda" without Transformer Engine.
-    """
+def layer_spec(config: TransformerConfig, device: str, chunk: int | None = None) -> Any:
+    """The modules of a block; `chunk` is the virtual stage, if there are several."""
     if device == "cuda":
-        try:
-            import transformer_engine  # noqa: F401  # pyright: ignore[reportMissingImports]
-        except ImportError:
-            raise ConfigError.of(
-                "device", "cuda", "needs Transformer Engine", "install the `fp8` extra"
-            ) from None
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     from opd_megatron.megatron.cpu_layers import CoreAttention, RMSNorm
 
@@ -158,42 +167,51 @@ def layer_spec(config: TransformerConfig, device: str) -> Any:
     # A whole block, so that the final norm is ours too.
     final_norm: Any = RMSNorm
     return TransformerBlockSubmodules(
-        layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=final_norm
+        layer_specs=[spec] * get_num_layers_to_build(config, vp_stage=chunk), layer_norm=final_norm
     )
 
 
-def build_model(arch: Architecture, config: TransformerConfig, device: str) -> GPTModel:
-    """This pipeline stage's part of the model, on the device, with uninitialised weights."""
+def build_model(
+    arch: Architecture, config: TransformerConfig, device: str, chunk: int | None = None
+) -> GPTModel:
+    """One chunk of this pipeline stage, on the device, with uninitialised weights."""
+    where: dict[str, Any] = {"ignore_virtual": False, "vp_stage": chunk}
     model = GPTModel(
         config=config,
-        transformer_layer_spec=layer_spec(config, device),
+        transformer_layer_spec=layer_spec(config, device, chunk),
         vocab_size=arch.padded_vocab_size,
         max_sequence_length=1,  # only used by learned position embeddings
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=parallel_state.is_pipeline_first_stage(**where),
+        post_process=parallel_state.is_pipeline_last_stage(**where),
         parallel_output=True,
         share_embeddings_and_output_weights=arch.tied_embeddings,
         position_embedding_type="rope",
         rotary_base=arch.rope_theta,  # type: ignore[arg-type]
         rope_scaling=arch.rope_scaling is not None,
         rope_scaling_factor=arch.rope_scaling.factor if arch.rope_scaling else 8.0,
+        vp_stage=chunk,
     )
     return model.to(config.params_dtype).to(torch.device(device))
 
 
+def build_stage(
+    arch: Architecture, config: TransformerConfig, learner: LearnerConfig, device: str
+) -> list[GPTModel]:
+    """All chunks of this pipeline stage, in the order in which a token meets them."""
+    vpp = learner.virtual_pipeline
+    chunks = [None] if vpp == 1 else range(vpp)
+    return [build_model(arch, config, device, chunk) for chunk in chunks]
+
+
 def wrap_data_parallel(
-    model: GPTModel, config: TransformerConfig, learner: LearnerConfig
-) -> DistributedDataParallel:
+    modules: Sequence[GPTModel], config: TransformerConfig, learner: LearnerConfig
+) -> list[DistributedDataParallel]:
     """Gradient buffers in float32, reduced over data- and context-parallel ranks."""
-    wrapped = DistributedDataParallel(
-        config,
-        DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
-            use_distributed_optimizer=learner.distributed_optimizer,
-            # Bad values are looked for once per step, on all ranks together.
-            check_for_nan_in_grad=False,
-        ),
-        model,
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=learner.distributed_optimizer,
+        # Bad values are looked for once per step, on all ranks together.
+        check_for_nan_in_grad=False,
     )
     config.finalize_model_grads_func = finalize_model_grads
-    return wrapped
+    return [DistributedDataParallel(config, ddp_config, module) for module in modules]

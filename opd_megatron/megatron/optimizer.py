@@ -1,8 +1,9 @@
-"""Megatron's AdamW and schedule, and a step that is applied on all ranks or on none."""
+"""Megatron's AdamW, and a step that is applied on all ranks or on none."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -10,15 +11,15 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer import ChainedOptimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from opd_megatron.config.schema import LearnerConfig, OptimizerConfig
 from opd_megatron.megatron import adamw_state
 from opd_megatron.megatron.model import DTYPES
+from opd_megatron.megatron.schedule import LearningRateSchedule, curve_of
 
 
 def build_optimizer(
-    model: DistributedDataParallel, config: OptimizerConfig, learner: LearnerConfig
+    models: Sequence[DistributedDataParallel], config: OptimizerConfig, learner: LearnerConfig
 ) -> ChainedOptimizer:
     """A fresh optimizer over the model's current weights (they must be loaded already)."""
     optimizer = get_megatron_optimizer(
@@ -31,11 +32,11 @@ def build_optimizer(
             adam_eps=config.eps,
             weight_decay=config.weight_decay,
             clip_grad=config.clip_grad,
-            bf16=learner.precision == "bf16",
+            bf16=DTYPES[learner.precision] is torch.bfloat16,
             params_dtype=DTYPES[learner.precision],
             use_distributed_optimizer=learner.distributed_optimizer,
         ),
-        [model],
+        list(models),
     )
     assert isinstance(optimizer, ChainedOptimizer)
     adamw_state.prime(optimizer)
@@ -44,21 +45,9 @@ def build_optimizer(
 
 def build_scheduler(
     optimizer: ChainedOptimizer, config: OptimizerConfig, steps: int
-) -> OptimizerParamScheduler:
-    """The learning rate of every step; `config.schedule` is one of Megatron's decay styles."""
-    return OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=config.lr,
-        min_lr=config.lr,
-        lr_warmup_steps=0,
-        lr_decay_steps=steps,
-        lr_decay_style=config.schedule,
-        start_wd=config.weight_decay,
-        end_wd=config.weight_decay,
-        wd_incr_steps=steps,
-        wd_incr_style="constant",
-    )
+) -> LearningRateSchedule:
+    """The learning rate of every step of a run of `steps`, from its beginning."""
+    return LearningRateSchedule(optimizer, curve_of(config, steps), config.weight_decay)
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ Rank order is Megatron's default "tp-cp-ep-dp-pp", so global rank 0 is rank 0 of
 from __future__ import annotations
 
 import datetime
+import math
 import os
 from dataclasses import asdict, dataclass
 
@@ -15,6 +16,7 @@ from megatron.core import parallel_state
 
 from opd_megatron.config.schema import LearnerConfig
 from opd_megatron.errors import ConfigError
+from opd_megatron.megatron.precision import token_alignment
 
 # A packed document is cut into 2 * cp pieces, the zig-zag split that balances causal attention.
 _ZIGZAG_PIECES = 2
@@ -28,6 +30,8 @@ class Layout:
     pp: int
     cp: int
     dp: int
+    vpp: int = 1  # model chunks per pipeline stage
+    alignment: int = 1  # of the tokens of a rank, for FP8 kernels
 
     @property
     def document_multiple(self) -> int:
@@ -36,11 +40,18 @@ class Layout:
 
     @property
     def token_multiple(self) -> int:
-        """Every micro-batch is padded to a multiple of this, so that SP and CP shards are even."""
-        return self.tp * self.document_multiple
+        """Every micro-batch is padded to a multiple of this, so that SP and CP shards are even and
+        aligned."""
+        return math.lcm(self.document_multiple, self.cp * self.tp * self.alignment)
+
+    @property
+    def micro_batch_multiple(self) -> int:
+        """The interleaved schedule takes micro-batches in groups of this many."""
+        return self.pp if self.vpp > 1 else 1
 
     def as_mapping(self) -> dict[str, int]:
-        return asdict(self)
+        """How weights lie on ranks."""
+        return {key: value for key, value in asdict(self).items() if key != "alignment"}
 
 
 def layout_of(learner: LearnerConfig) -> Layout:
@@ -61,6 +72,8 @@ def layout_of(learner: LearnerConfig) -> Layout:
         pp=learner.pipeline_parallel,
         cp=learner.context_parallel,
         dp=learner.data_parallel,
+        vpp=learner.virtual_pipeline,
+        alignment=token_alignment(learner),
     )
 
 
@@ -97,6 +110,7 @@ def start_model_parallel(layout: Layout, seed: int, timeout_s: float) -> None:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
         context_parallel_size=layout.cp,
         distributed_timeout_minutes=max(1, round(timeout_s / 60)),
     )
@@ -117,6 +131,11 @@ class Groups:
     @property
     def is_last_stage(self) -> bool:
         return self.pp.rank() == self.pp.size() - 1
+
+    @property
+    def tp_or_none(self) -> dist.ProcessGroup | None:
+        """The tensor-parallel group, None where the vocabulary is whole."""
+        return self.tp if self.tp.size() > 1 else None
 
 
 def _is_member(group: object) -> dist.ProcessGroup:

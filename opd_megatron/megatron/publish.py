@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -53,7 +54,7 @@ def _swap_in(temporary: Path, directory: Path) -> None:
 
 
 def publish(
-    model: GPTModel,
+    modules: Sequence[GPTModel],
     arch: Architecture,
     groups: Groups,
     student_path: Path,
@@ -70,7 +71,7 @@ def publish(
     Returns:
         (bytes of the weights file, tensors); (0, 0) on other ranks than 0.
     """
-    tensors = stream(model, arch, groups)
+    tensors = stream(modules, arch, groups)
     if dist.get_rank() != 0:
         for _ in tensors:
             raise AssertionError("only rank 0 receives tensors")
@@ -79,7 +80,7 @@ def publish(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     shapes = hf_shapes(arch)
-    dtype = model.config.params_dtype
+    dtype = modules[0].config.params_dtype
     size = write_safetensors(
         temporary / WEIGHTS_FILE,
         shapes,

@@ -9,18 +9,20 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer.optimizer import ChainedOptimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from opd_megatron.config.schema import Recipe
 from opd_megatron.errors import ConfigError, ContractError
+from opd_megatron.losses.settings import LossSettings
 from opd_megatron.losses.token_loss import TokenLoss, make_token_loss
 from opd_megatron.megatron import hf
 from opd_megatron.megatron.architecture import Architecture, architecture_of, read_config
 from opd_megatron.megatron.hf_names import hf_shapes
-from opd_megatron.megatron.model import build_model, transformer_config, wrap_data_parallel
+from opd_megatron.megatron.model import build_stage, transformer_config, wrap_data_parallel
 from opd_megatron.megatron.optimizer import build_optimizer, build_scheduler
+from opd_megatron.megatron.output_head import OutputHead, make_output_head
 from opd_megatron.megatron.parallel import Groups, Layout, current_groups, layout_of
+from opd_megatron.megatron.schedule import LearningRateSchedule
 
 
 @dataclass
@@ -32,21 +34,23 @@ class LearnerState:
     config: TransformerConfig
     layout: Layout
     groups: Groups
-    model: DistributedDataParallel
+    models: list[
+        DistributedDataParallel
+    ]  # chunks of this stage: one, or those of a virtual pipeline
+    head: OutputHead
     token_loss: TokenLoss
     optimizer: ChainedOptimizer | None = None
-    scheduler: OptimizerParamScheduler | None = None
+    scheduler: LearningRateSchedule | None = None
     optimizer_step: int = 0
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        return next(self.models[0].parameters()).device
 
     @property
-    def module(self) -> GPTModel:
-        """The model without the gradient buffers around it."""
-        assert isinstance(self.model.module, GPTModel)
-        return self.model.module
+    def modules(self) -> list[GPTModel]:
+        """The chunks without the gradient buffers around them."""
+        return [model.module for model in self.models if isinstance(model.module, GPTModel)]
 
     @property
     def num_parameters(self) -> int:
@@ -66,7 +70,7 @@ class LearnerState:
     def fresh_optimizer(self) -> None:
         """A new optimizer and schedule over the present weights."""
         config = self.recipe.optimizer
-        self.optimizer = build_optimizer(self.model, config, self.recipe.learner)
+        self.optimizer = build_optimizer(self.models, config, self.recipe.learner)
         self.scheduler = build_scheduler(self.optimizer, config, self.recipe.steps)
         self.optimizer_step = 0
 
@@ -84,7 +88,7 @@ class LearnerState:
                 f"its architecture {arch} is not the student's {self.arch}",
                 "load a model of the student's architecture",
             )
-        hf.load(self.module, arch, model_path, self.groups.tp)
+        hf.load(self.modules, arch, model_path, self.groups.tp)
         self.fresh_optimizer()
 
 
@@ -97,14 +101,16 @@ def build_state(recipe: Recipe) -> LearnerState:
     student = Path(recipe.student.path)
     arch = architecture_of(read_config(student), str(student))
     config = transformer_config(arch, recipe.learner, recipe.device)
-    model = build_model(arch, config, recipe.device)
-    hf.mark_sharded(model, arch)
+    modules = build_stage(arch, config, recipe.learner, recipe.device)
+    hf.mark_sharded(modules, arch)
+    groups = current_groups()
     return LearnerState(
         recipe=recipe,
         arch=arch,
         config=config,
         layout=layout_of(recipe.learner),
-        groups=current_groups(),
-        model=wrap_data_parallel(model, config, recipe.learner),
-        token_loss=make_token_loss(recipe.objective, recipe.correction, allow_nan=True),
+        groups=groups,
+        head=make_output_head(recipe.learner, arch.vocab_size, groups, modules),
+        models=wrap_data_parallel(modules, config, recipe.learner),
+        token_loss=make_token_loss(LossSettings.of(recipe), allow_nan=True),
     )

@@ -1,53 +1,58 @@
-"""One optimizer step over a step batch, and scoring without a step.
+"""One step over a step batch, and scoring without a step.
 
-per micro-batch   forward -> token statistics (at the rollout temperature) -> loss SUM -> backward
-once              reduce gradients, divide by the GLOBAL number of response tokens, global norm
-decide            a NaN or infinity anywhere: no rank steps, everything stays bitwise as it was
-else              clip, AdamW, schedule
+once              look at what was recorded; plan the batch (losses/batch_plan.py), from a forward
+                  pass of its own where the objective couples tokens
+per update
+  micro-batches   forward -> token statistics (at the rollout temperature) -> loss SUM -> backward
+  once            reduce gradients, divide by the GLOBAL number of kept tokens, global norm
+  decide          a NaN or infinity anywhere: no rank steps, everything stays bitwise as it was
+  else            clip, AdamW
+once              learning-rate schedule, metrics from the per-token values of the whole batch
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from opd_megatron.errors import ContractError
-from opd_megatron.exchange.batch_file import BatchIndex, BatchSlice
-from opd_megatron.losses.diagnostics import finish
-from opd_megatron.losses.token_loss import TokenInputs
-from opd_megatron.losses.token_stats import TokenStats
+from opd_megatron.exchange.batch_file import BatchIndex, BatchSlice, WholeBatch
+from opd_megatron.losses.batch_metrics import step_metrics
+from opd_megatron.losses.batch_plan import BatchArrays, StudentScores, TokenPlan, make_plan
+from opd_megatron.losses.served_supports import topk_entropy
+from opd_megatron.losses.settings import LossSettings
 from opd_megatron.megatron import hf
 from opd_megatron.megatron.forward import (
-    DeviceMicroBatch,
+    MicroFunction,
     MicroOutput,
     in_batch_order,
     pack_for_rank,
     run_micro_batches,
 )
+from opd_megatron.megatron.micro_loss import SCORE_NAMES, MicroLoss, MicroScore, value_names
 from opd_megatron.megatron.optimizer import apply_gradients, gradient_norm
-from opd_megatron.megatron.reduction import GlobalReport, make_global, micro_report
 from opd_megatron.megatron.state import LearnerState
 
 ReadSamples = Callable[[Sequence[int]], BatchSlice]
-SCORE_NAMES = ("student_logprobs", "student_entropy")
-TRAIN_NAMES = (*SCORE_NAMES, "advantages", "weights")
+Values = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Values are [sum L] in batch order."""
+    """`updates`: optimizer updates that were applied. `values` are [sum L] in batch order."""
 
+    updates: int
     why_not_applied: str | None
     metrics: dict[str, float]
     timings: dict[str, float]
-    values: dict[str, torch.Tensor]
+    values: Values
 
 
 def check_staleness(index: BatchIndex, max_staleness: int) -> None:
@@ -68,81 +73,138 @@ def check_staleness(index: BatchIndex, max_staleness: int) -> None:
         )
 
 
-def _student_values(stats: TokenStats) -> dict[str, torch.Tensor]:
-    return {"student_logprobs": stats.sampled_logprobs_T, "student_entropy": stats.entropy_T}
+def batch_arrays(whole: WholeBatch) -> BatchArrays:
+    """The recorded arrays as tensors on the CPU."""
+    lengths = np.diff(whole.response_offsets)
+    topk = whole.topk_logprobs
+    return BatchArrays(
+        behavior_logprobs_N=torch.from_numpy(whole.behavior_logprobs),
+        teacher_logprobs_N=torch.from_numpy(whole.teacher_logprobs),
+        trainable_N=torch.from_numpy(whole.trainable).bool(),
+        response_ids_N=torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)),
+        groups_B=torch.from_numpy(whole.groups).long(),
+        rewards_B=None if whole.rewards is None else torch.from_numpy(whole.rewards),
+        teacher_entropy_N=None if topk is None else topk_entropy(torch.from_numpy(topk)),
+    )
 
 
-def score(
-    state: LearnerState, index: BatchIndex, read: ReadSamples, temperature: float
-) -> dict[str, torch.Tensor]:
+def score(state: LearnerState, index: BatchIndex, read: ReadSamples, temperature: float) -> Values:
     """Log-probs and entropies of all response tokens, [sum L] float32 each."""
     state.require_loaded()
-
-    def keep_stats(stats: TokenStats, batch: DeviceMicroBatch) -> Any:
-        zero = stats.log_z_T.new_zeros(())
-        return zero, batch.mask_T.sum(), _student_values(stats), None
-
-    outputs = _run(state, index, read, keep_stats, temperature, forward_only=True)
-    return _values(state, outputs, SCORE_NAMES, index)
-
-
-def train(state: LearnerState, index: BatchIndex, read: ReadSamples) -> StepResult:
-    """One step; see the module docstring. All ranks return the same metrics and decision."""
-    optimizer, scheduler = state.require_loaded(), state.scheduler
-    assert scheduler is not None
-    start = time.perf_counter()
-
-    def loss(stats: TokenStats, batch: DeviceMicroBatch) -> Any:
-        inputs = TokenInputs(batch.behavior_logprobs_T, batch.teacher_logprobs_T, batch.mask_T)
-        output = state.token_loss(stats, inputs)
-        values = _student_values(stats) | {
-            "advantages": output.advantages_T,
-            "weights": output.weights_T,
-        }
-        report = micro_report(stats, inputs, output, batch.output_index_T)
-        return output.loss_sum, output.token_count, values, report
-
-    state.model.zero_grad_buffer()
-    optimizer.zero_grad()
-    temperature = state.recipe.rollout.temperature
-    outputs = _run(state, index, read, loss, temperature, forward_only=False)
-    report = make_global(
-        [output.extra for output in outputs], *_report_names(state), state.groups, state.device
+    function = MicroScore(state.head, temperature)
+    outputs = _run(state, index, read, function, forward_only=True)
+    return in_batch_order(
+        outputs, SCORE_NAMES, index.num_response_tokens, state.groups, state.device
     )
-    forwarded = time.perf_counter()
-    norm = gradient_norm(optimizer)
-    why_not = _why_not(state, report, norm, index)
+
+
+def train(
+    state: LearnerState, index: BatchIndex, read: ReadSamples, whole: WholeBatch
+) -> StepResult:
+    """One step; see the module docstring. All ranks return the same metrics and decision."""
+    state.require_loaded()
+    settings, arrays = LossSettings.of(state.recipe), batch_arrays(whole)
+    start = time.perf_counter()
+    bad = _first_bad({"behavior log-prob": arrays.behavior_logprobs_N}, index) or _first_bad(
+        # A teacher may call a token impossible (-inf): the loss bounds the log-ratio.
+        {"teacher log-prob": arrays.teacher_logprobs_N.clamp_min(-1e30)},
+        index,
+    )
+    if bad is not None:
+        return StepResult(0, bad, {}, _timings(start, start, start), {})
+    scores = None
+    if settings.needs_scores:
+        values = score(state, index, read, state.recipe.rollout.temperature)
+        scores = StudentScores(values["student_logprobs"], values["student_entropy"])
+    plan = make_plan(settings, arrays, scores)
+    if plan.num_kept == 0:
+        return StepResult(
+            0, "the batch has no token to train on", {}, _timings(start, start, start), {}
+        )
+    return _updates(state, index, read, settings, arrays, plan, start)
+
+
+def _updates(
+    state: LearnerState,
+    index: BatchIndex,
+    read: ReadSamples,
+    settings: LossSettings,
+    arrays: BatchArrays,
+    plan: TokenPlan,
+    start: float,
+) -> StepResult:
+    """All updates on a planned batch; an update that must not be applied is the last one."""
+    function = MicroLoss(
+        state.head,
+        state.recipe.rollout.temperature,
+        settings,
+        state.token_loss,
+        _on_device(plan, state.device),
+    )
+    names = value_names(settings, clipped=plan.old_logprobs_N is not None)
+    optimizer = state.require_loaded()
+    metrics: dict[str, float] = {}
+    first: Values = {}
+    why_not, updates, optimizer_s = None, 0, 0.0
     learning_rate = float(optimizer.param_groups[0]["lr"])
-    if why_not is None:
-        apply_gradients(optimizer, norm)
-        scheduler.step(1)
+    while why_not is None and updates < settings.updates_per_step:
+        for model in state.models:
+            model.zero_grad_buffer()
+        optimizer.zero_grad()
+        outputs = _run(state, index, read, function, forward_only=False)
+        values = in_batch_order(
+            outputs, names, index.num_response_tokens, state.groups, state.device
+        )
+        norm = gradient_norm(optimizer)
+        why_not = _why_not(state, values, plan, norm, index)
+        begin = time.perf_counter()
+        if why_not is None:
+            apply_gradients(optimizer, norm)
+            updates += 1
+        optimizer_s += time.perf_counter() - begin
+        seen = step_metrics(settings, arrays, plan, values) | {"train/grad_norm": norm}
+        if not first:
+            first, metrics = values, seen
+        elif "train/clipped_frac" in seen:  # the first update clips nothing
+            metrics["train/clipped_frac"] = seen["train/clipped_frac"]
+    if updates:
+        assert state.scheduler is not None
+        state.scheduler.step(1)
         state.optimizer_step += 1
-    stepped = time.perf_counter()
-    metrics = finish(report.sums, report.maxes) | {
-        "train/grad_norm": norm,
-        "train/lr": learning_rate,
-        "train/tokens": report.sums["train/loss"][1],
-    }
-    values = _values(state, outputs, TRAIN_NAMES, index)
+    metrics |= {"train/lr": learning_rate, "train/updates": float(updates)}
+    end = time.perf_counter()
     return StepResult(
+        updates=updates,
         why_not_applied=why_not,
         # A step that was refused for a NaN has NaN metrics, which JSON can not carry.
         metrics={name: value for name, value in metrics.items() if math.isfinite(value)},
-        timings={
-            "forward_backward_s": forwarded - start,
-            "optimizer_s": stepped - forwarded,
-            "total_s": time.perf_counter() - start,
-        },
-        values=values,
+        timings=_timings(start, end - optimizer_s, end),
+        values=first,
     )
+
+
+def _timings(start: float, forwarded: float, end: float) -> dict[str, float]:
+    return {
+        "forward_backward_s": forwarded - start,
+        "optimizer_s": end - forwarded,
+        "total_s": end - start,
+    }
+
+
+def _on_device(plan: TokenPlan, device: torch.device) -> TokenPlan:
+    moved = {
+        field.name: value.to(device)
+        for field in dataclasses.fields(plan)
+        if isinstance(value := getattr(plan, field.name), torch.Tensor)
+    }
+    return dataclasses.replace(plan, **moved)
 
 
 def _run(
     state: LearnerState,
     index: BatchIndex,
     read: ReadSamples,
-    micro_loss: Any,
-    temperature: float,
+    function: MicroFunction,
     forward_only: bool,
 ) -> list[MicroOutput]:
     micro_batches = pack_for_rank(
@@ -154,52 +216,45 @@ def _run(
         state.arch.vocab_size,
     )
     return run_micro_batches(
-        state.model,
-        state.arch,
-        state.groups,
-        micro_batches,
-        micro_loss,
-        temperature=temperature,
-        forward_only=forward_only,
+        state.models, state.groups, micro_batches, function, forward_only=forward_only
     )
 
 
-def _values(
-    state: LearnerState, outputs: list[MicroOutput], names: Sequence[str], index: BatchIndex
-) -> dict[str, torch.Tensor]:
-    return in_batch_order(outputs, names, index.num_response_tokens, state.groups, state.device)
-
-
-def _report_names(state: LearnerState) -> tuple[list[str], list[str]]:
-    """Names of the loss's sums and maxima, from zero tokens: some stages never compute a loss."""
-    nothing = torch.zeros(0)
-    output = state.token_loss(
-        TokenStats(nothing, nothing, nothing), TokenInputs(nothing, nothing, nothing)
-    )
-    return sorted({*output.sums, "train/loss"}), sorted(output.maxes)
+def _first_bad(values: Values, index: BatchIndex) -> str | None:
+    """The first value that is not finite, with the sample and response token it belongs to."""
+    for kind, values_N in values.items():
+        bad_N = ~torch.isfinite(values_N)
+        if bool(bad_N.any()):
+            row = int(bad_N.nonzero()[0])
+            sample = int(np.searchsorted(index.response_offsets, row, side="right")) - 1
+            position = row - int(index.response_offsets[sample])
+            return f"{kind} is not finite: sample {index.sample_ids[sample]}, response token {position}"
+    return None
 
 
 def _first_bad_gradient(state: LearnerState) -> str | None:
     """Hugging Face names in this rank's first parameter with a NaN or infinite gradient."""
-    for unit, parameter in hf.local_parameters(state.module, state.arch):
+    for unit, parameter in hf.local_parameters(state.modules, state.arch):
         if not bool(torch.isfinite(getattr(parameter, "main_grad")).all()):  # noqa: B009
             return " + ".join(unit.hf)
     return None
 
 
 def _why_not(
-    state: LearnerState, report: GlobalReport, norm: float, index: BatchIndex
+    state: LearnerState, values: Values, plan: TokenPlan, norm: float, index: BatchIndex
 ) -> str | None:
-    """The reason not to apply the step, the same on all ranks, or None."""
-    if report.trouble is not None:
-        kind, row = report.trouble
-        sample = int(np.searchsorted(index.response_offsets, row, side="right")) - 1
-        position = row - int(index.response_offsets[sample])
-        return f"{kind} is not finite: sample {index.sample_ids[sample]}, response token {position}"
-    if report.sums["train/loss"][1] == 0:
-        return "the batch has no response token"
-    if math.isfinite(norm):
-        return None
+    """The reason not to apply an update, the same on all ranks, or None."""
+    kept = {
+        kind: torch.where(plan.mask_N, values[name], torch.zeros_like(values[name]))
+        for kind, name in (
+            ("student log-prob", "student_logprobs"),
+            ("student entropy", "student_entropy"),
+            ("loss", "losses"),
+        )
+    }
+    bad = _first_bad(kept, index)
+    if bad is not None or math.isfinite(norm):
+        return bad
     names: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(names, _first_bad_gradient(state))
     culprits = [f"{name} on rank {rank}" for rank, name in enumerate(names) if name]

@@ -6,7 +6,8 @@ from importlib import metadata
 
 from opd_megatron.errors import ConfigError
 
-TESTED_VERSIONS = ("0.16.1",)
+# The newest for Python 3.11 (`make test`) and the newest for Python 3.12 (`make test-megatron-latest`).
+TESTED_VERSIONS = ("0.16.1", "0.19.2")
 
 
 def megatron_version() -> str:
@@ -35,7 +36,7 @@ def check_version() -> str:
             "megatron-core",
             version,
             f"tested versions are {', '.join(TESTED_VERSIONS)}",
-            "install one of them, or run tests/real/test_megatron_*.py on this one and add it to "
-            "opd_megatron/megatron/version.py",
+            "install one of them; or run tests/real/test_megatron_*.py and tests/unit/megatron on this "
+            "one and, when they pass, add it to opd_megatron/megatron/version.py",
         )
     return version

@@ -1,7 +1,9 @@
 """What a run prints: start-up messages, one line per step, coloured rollouts, the last line.
 
     [rollout-0] ready after 41s
-    step 12/80 loss 0.183 kl 0.071 keep 0.98 len 17.5 tok/s 2.1k acc 73.2% eta 1m52s
+    step 12/80 loss 0.183 kl 0.071 keep 0.98 len 17.5 tok/s 2.1k eta 1m52s
+    step 20/80 loss 0.140 kl 0.052 keep 0.99 len 17.5 tok/s 2.1k eta 1m44s
+    held-out after step 20: accuracy 73.2% kl 0.049 (teacher 96.6%)
 
 Plain text when the stream is not a terminal. Left out on purpose: progress bars and live displays,
 which make logs unreadable.
@@ -28,7 +30,7 @@ def _number(row: Mapping[str, Any], name: str, spec: str) -> str:
 
 
 def step_line(row: Mapping[str, Any], total_steps: int, eta_s: float | None) -> str:
-    """One step in one line; a metric that was not measured shows as `-`.
+    """One training step in one line; a metric that was not measured shows as `-`.
 
     Args:
         row: a row of metrics.jsonl.
@@ -50,11 +52,25 @@ def step_line(row: Mapping[str, Any], total_steps: int, eta_s: float | None) -> 
         f"len {length}",
         f"tok/s {speed}",
     ]
-    if "eval/heldout/accuracy" in row:
-        parts.append(f"acc {row['eval/heldout/accuracy']:.1%}")
     if row.get("train/skipped"):
-        parts.append("SKIPPED")
+        parts.append(f"SKIPPED {row['train/skipped']:.0f}")
     parts.append(f"eta {'-' if eta_s is None else human_duration(eta_s)}")
+    return " ".join(parts)
+
+
+def evaluation_line(row: Mapping[str, Any]) -> str | None:
+    """What the evaluation after a step measured, None when there was none.
+
+    The teacher is measured once, so only the first line names it.
+    """
+    if "eval/heldout/accuracy" not in row:
+        return None
+    when = f"after step {row['step']}" if row["step"] else "before training"
+    parts = [f"held-out {when}: accuracy {row['eval/heldout/accuracy']:.1%}"]
+    if "eval/heldout/kl_reverse" in row:
+        parts.append(f"kl {row['eval/heldout/kl_reverse']:.3f}")
+    if "eval/heldout/teacher_accuracy" in row:
+        parts.append(f"(teacher {row['eval/heldout/teacher_accuracy']:.1%})")
     return " ".join(parts)
 
 
@@ -93,14 +109,23 @@ class RunConsole:
         self.say(f"[{role}] {text}")
 
     def step(self, row: Mapping[str, Any]) -> None:
-        """The line of a step, with the time left judged by the last steps, evaluation included."""
+        """The line of a step, with the time left judged by the last steps, and that of its evaluation.
+
+        Step 0 is the student before training: only its evaluation is shown.
+        """
+        if row["step"] > 0:
+            self.say(step_line(row, self._total_steps, self._eta_s(row)))
+        evaluation = evaluation_line(row)
+        if evaluation is not None:
+            self.say(evaluation)
+
+    def _eta_s(self, row: Mapping[str, Any]) -> float | None:
         if "perf/step_s" in row:
             self._recent_s.append(row["perf/step_s"] + row.get("perf/eval_s", 0.0))
-        eta_s = None
-        if self._recent_s:
-            mean_s = sum(self._recent_s) / len(self._recent_s)
-            eta_s = mean_s * max(self._total_steps - row["step"], 0)
-        self.say(step_line(row, self._total_steps, eta_s))
+        if not self._recent_s:
+            return None
+        mean_s = sum(self._recent_s) / len(self._recent_s)
+        return mean_s * max(self._total_steps - row["step"], 0)
 
     def rollout(self, rollout: ColoredRollout) -> None:
         """One response with its tokens coloured by advantage; signs instead of colours in a log."""

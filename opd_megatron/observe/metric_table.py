@@ -53,6 +53,9 @@ _MEAN, _MAX, _SUM, _LAST = Reduction.MEAN, Reduction.MAX, Reduction.SUM, Reducti
 _LEARNER, _CONTROLLER, _TEACHER = "learner", "controller", "teacher scoring"
 _EVAL, _ROLLOUT, _LEDGER = "evaluation", "rollout", "prompt ledger"
 
+# Response positions of train/log_ratio_at, as the learner counts them from 0.
+POSITION_BUCKETS = ("0-15", "16-63", "64-255", "256-1023", "1024-4095", "4096+")
+
 # fmt: off
 METRICS: tuple[Metric, ...] = (
     # What is trained.
@@ -64,8 +67,9 @@ METRICS: tuple[Metric, ...] = (
            "Estimate of KL(student || teacher) from the sampled tokens of the step, the mean of "
            "log pi - log q; noise can make it negative."),
     Metric("train/kl_forward", "nats/token", _MEAN, _LEARNER,
-           "Estimate of KL(teacher || student) from the same student tokens, the mean of (q/pi) "
-           "log(q/pi); noisy where the teacher likes what the student rarely says."),
+           "Estimate of KL(teacher || student) from the same student tokens, the mean of u log u - u "
+           "+ 1 with u = q/pi; never negative, noisy where the teacher likes what the student rarely "
+           "says."),
     Metric("train/entropy", "nats", _MEAN, _LEARNER,
            "Entropy of the student's next-token distribution at the response positions, over the "
            "whole vocabulary."),
@@ -80,10 +84,43 @@ METRICS: tuple[Metric, ...] = (
            "Largest advantage of the step in absolute value: the token on which the models "
            "disagree most."),
     Metric("train/tokens", "tokens", _SUM, _LEARNER,
-           "Response tokens in the loss: the divisor of the loss, over all ranks and micro- "
-           "batches."),
-    Metric("train/skipped", "steps", _SUM, _LEARNER,
-           "1 when the update was not applied because of a non-finite value, else 0."),
+           "Response tokens in the loss: the divisor of the loss, over all ranks and "
+           "micro-batches."),
+    Metric("train/skipped", "updates", _SUM, _CONTROLLER,
+           "Updates not applied because of a non-finite value before the one of this step; their "
+           "prompts are rejected as step_not_applied."),
+    Metric("train/updates", "updates", _SUM, _LEARNER,
+           "Optimizer updates on the batch of the step; fewer than batch.updates_per_step when one "
+           "was refused for a non-finite value."),
+    Metric("train/clipped_frac", "fraction", _MEAN, _LEARNER,
+           "Share of tokens whose gradient PPO's bounds took away in the last update of the step "
+           "(batch.updates_per_step > 1 only)."),
+    Metric("train/special_masked_frac", "fraction", _MEAN, _LEARNER,
+           "Share of response tokens that do not train for what they are: special tokens "
+           "(objective.mask_special_tokens), aliased tokens inside a response."),
+    Metric("train/filter_kept_frac", "fraction", _MEAN, _LEARNER,
+           "Share of the remaining tokens that passed the recipe's filter."),
+    Metric("train/whitening_mean", "1", _MEAN, _LEARNER,
+           "What whitening subtracted: mean over its sets of their mean before."),
+    Metric("train/whitening_std", "1", _MEAN, _LEARNER,
+           "What whitening divided by: mean over its sets of their standard deviation before."),
+    Metric("train/support_divergence", "nats", _MEAN, _LEARNER,
+           "Divergence over the support, per token; for topk_surrogate its value has no meaning."),
+    Metric("train/support_student_mass", "fraction", _MEAN, _LEARNER,
+           "Probability that the student puts on the support: what is missing is not trained by a "
+           "renormalized or raw measure."),
+    Metric("train/support_teacher_mass", "fraction", _MEAN, _LEARNER,
+           "Probability that the teacher puts on the support."),
+    Metric("train/support_overlap_frac", "fraction", _MEAN, _LEARNER,
+           "Share of the teacher's top-K that is also among the student's."),
+    *(Metric(f"train/log_ratio_at/{bucket}", "nats", _MEAN, _LEARNER,
+             f"Mean log pi - log q of the tokens at response positions {bucket}.")
+      for bucket in POSITION_BUCKETS),
+    Metric("task/reward_mean", "1", _MEAN, _LEARNER,
+           "Mean reward of the responses of the step (task.coefficient > 0 only)."),
+    Metric("teacher/entropy_topk", "nats", _MEAN, _LEARNER,
+           "Entropy of the teacher's next-token distribution, known at its top-K, all other tokens "
+           "as one: a lower bound."),
     # How far the data is from the policy that is trained.
     Metric("offpolicy/age_mean", "versions", _MEAN, _CONTROLLER,
            "Weight versions between the policy that wrote a sample and the one being trained; 0 "
@@ -154,10 +191,12 @@ METRICS: tuple[Metric, ...] = (
     Metric("eval/heldout/len_mean", "tokens", _MEAN, _EVAL,
            "Mean held-out response length, the end token included."),
     Metric("eval/heldout/kl_reverse", "nats/token", _MEAN, _EVAL,
-           "Exact KL(student || teacher) over the whole vocabulary at the tokens of held-out "
-           "rollouts."),
+           "KL(student || teacher) at the tokens of held-out rollouts: exact, over the whole "
+           "vocabulary, up to 1024 entries; for larger ones the mean of log pi - log q of the sampled "
+           "tokens."),
     Metric("eval/heldout/kl_forward", "nats/token", _MEAN, _EVAL,
-           "Exact KL(teacher || student) over the whole vocabulary at the same tokens."),
+           "KL(teacher || student) at the same tokens, exact; absent for vocabularies above 1024 "
+           "entries."),
     Metric("eval/heldout/teacher_accuracy", "fraction", _LAST, _EVAL,
            "The teacher's own accuracy on the same problems with the same settings: the line to "
            "reach."),

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from opd_megatron.observe.metric_table import POSITION_BUCKETS
+
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#2b6cb0", "#d9730d", "#2f855a", "#805ad5", "#8a94a3"
 
 
@@ -47,10 +49,11 @@ class Panel:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """Panels under one question."""
+    """Panels under one question. `optional`: a panel of which nothing was recorded is left out, not shown empty."""
 
     question: str
     panels: tuple[Panel, ...]
+    optional: bool = False
 
 
 _LEARNED = Section(
@@ -60,10 +63,10 @@ _LEARNED = Section(
             "Held-out accuracy",
             "%",
             (
-                Curve("eval/heldout/accuracy", "mean@n", ORANGE, dots=True),
+                Curve("eval/heldout/accuracy", "mean of n", ORANGE, dots=True),
                 Curve("eval/heldout/best_of_n", "best of n", GREY, dots=True),
             ),
-            "Good: mean@n climbs towards the teacher's line and towards best of n, which says "
+            "Good: the mean climbs towards the teacher's line and towards best of n, which says "
             "what the student could do already.",
             reference=Curve("eval/heldout/teacher_accuracy", "teacher", GREEN),
             low=0.0,
@@ -74,10 +77,10 @@ _LEARNED = Section(
             "nats/token",
             (
                 Curve("train/kl_reverse", "train, sampled"),
-                Curve("eval/heldout/kl_reverse", "held-out, exact", ORANGE, dots=True),
+                Curve("eval/heldout/kl_reverse", "held-out", ORANGE, dots=True),
             ),
-            "KL(student || teacher), what training minimises. Good: falls fast, then flattens, "
-            "and both curves agree.",
+            "KL(student || teacher): how unlikely the teacher finds what the student says. Good: "
+            "falls fast, then flattens, and both curves agree.",
             low=0.0,
         ),
         Panel(
@@ -85,10 +88,10 @@ _LEARNED = Section(
             "nats/token",
             (
                 Curve("train/kl_forward", "train, sampled"),
-                Curve("eval/heldout/kl_forward", "held-out, exact", ORANGE, dots=True),
+                Curve("eval/heldout/kl_forward", "held-out", ORANGE, dots=True),
             ),
-            "KL(teacher || student), not trained on. Good: falls too. If it rises while the "
-            "reverse KL falls, the student drops answers that the teacher knows.",
+            "KL(teacher || student), at the student's tokens too. Good: falls too. If it rises "
+            "while the reverse KL falls, the student drops answers that the teacher knows.",
             low=0.0,
         ),
         Panel(
@@ -189,4 +192,52 @@ _ON_POLICY = Section(
         ),
     ),
 )
-SECTIONS = (_LEARNED, _STABLE, _ON_POLICY)
+# Light to dark along the response.
+_POSITION_COLORS = ("#6aa5d8", "#4a8cc4", BLUE, "#22609a", "#1b4a78", "#132f50")
+_TRAINED_ON = Section(
+    "What is trained on?",
+    (
+        Panel(
+            "Log-ratio along the response",
+            "nats/token",
+            tuple(
+                Curve(f"train/log_ratio_at/{bucket}", bucket, color)
+                for bucket, color in zip(POSITION_BUCKETS, _POSITION_COLORS, strict=True)
+            ),
+            "log pi - log q of the sampled tokens, by position. Good: all fall. Late positions that "
+            "stay high have drifted to text that the teacher would not have begun.",
+        ),
+        Panel(
+            "Probability on the support",
+            "%",
+            (
+                Curve("train/support_student_mass", "student"),
+                Curve("train/support_teacher_mass", "teacher", GREEN),
+            ),
+            "Good: near 100%. What a renormalized or raw measure does not cover is not trained.",
+            low=0.0,
+            high=1.0,
+        ),
+        Panel(
+            "Teacher's top-K also among the student's",
+            "%",
+            (Curve("train/support_overlap_frac", "overlap"),),
+            "Good: rises.",
+            low=0.0,
+            high=1.0,
+        ),
+        Panel(
+            "Tokens that train",
+            "%",
+            (
+                Curve("train/filter_kept_frac", "pass filter"),
+                Curve("train/special_masked_frac", "special, masked", GREY),
+            ),
+            "Share of tokens the recipe's filter keeps, and of special tokens it masks.",
+            low=0.0,
+            high=1.0,
+        ),
+    ),
+    optional=True,
+)
+SECTIONS = (_LEARNED, _STABLE, _ON_POLICY, _TRAINED_ON)

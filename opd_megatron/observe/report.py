@@ -22,7 +22,7 @@ from opd_megatron.config.schema import Recipe, TeacherConfig
 from opd_megatron.observe.coloring import BINS, ColoredRollout, rollout_html
 from opd_megatron.observe.formats import human_count, human_duration, human_value
 from opd_megatron.observe.metric_table import METRICS
-from opd_megatron.observe.panels import SECTIONS
+from opd_megatron.observe.panels import SECTIONS, Panel, Section
 from opd_megatron.observe.plots import draw_panel, draw_time
 from opd_megatron.observe.run_files import RunFiles, load_run
 from opd_megatron.observe.stages import account_time
@@ -85,6 +85,7 @@ def _headline(run: RunFiles) -> dict[str, float | None]:
     """Numbers of summary.json, or what the metrics say when the run did not get that far."""
     accuracy, kl = "eval/heldout/accuracy", "eval/heldout/kl_reverse"
     several = len(run.series(accuracy)[0]) > 1
+    summary = run.summary if is_finished(run) else {}
     from_rows = {
         "accuracy_before": run.first(accuracy),
         "accuracy_after": run.last(accuracy) if several else None,
@@ -95,29 +96,92 @@ def _headline(run: RunFiles) -> dict[str, float | None]:
         "wall_s": run.rows[-1]["time_s"] - run.rows[0]["time_s"] if run.rows else None,
         "tokens": sum(run.series("train/tokens")[1]) or None,
     }
-    return {key: run.summary.get(key, value) for key, value in from_rows.items()}
+    return {key: summary.get(key, value) for key, value in from_rows.items()}
 
 
-def _status(run: RunFiles) -> tuple[str, bool]:
-    """What became of the run, and whether it is complete."""
+def is_finished(run: RunFiles) -> bool:
+    """A summary is there, and no later attempt set out to go beyond it."""
+    steps = run.summary.get("steps", 0)
+    reached = run.rows[-1]["step"] if run.rows else 0
+    return bool(run.summary) and max(reached, run.recipe.get("steps", 0)) <= steps
+
+
+def _status(run: RunFiles) -> str:
     planned = run.recipe.get("steps")
     reached = run.rows[-1]["step"] if run.rows else 0
-    if run.summary:
-        return f"finished, {run.summary.get('steps', reached)} steps", True
+    if is_finished(run):
+        return f"finished, {run.summary.get('steps', reached)} steps"
     if not run.rows:
-        return "no step recorded", False
-    return f"not finished: step {reached} of {planned or 'unknown'} is the last one recorded", False
+        return "no step recorded"
+    return f"not finished: step {reached} of {planned or 'unknown'} is the last one recorded"
 
 
-def _data_account(run: RunFiles) -> dict[str, Any]:
-    """Ledger totals and rejected rows, from summary.json or else from the last rows."""
+def _ledger(run: RunFiles) -> list[tuple[str, str]]:
+    """Totals of the prompt ledger in words, from summary.json or else from the last row."""
     names = ("issued", "trained", "rejected", "in_flight")
-    ledger = run.summary.get("ledger")
+    ledger = run.summary.get("ledger") if is_finished(run) else None
     if not isinstance(ledger, Mapping):
         last = {name: run.last(f"data/prompts_{name}") for name in names}
         ledger = {name: int(value) for name, value in last.items() if value is not None}
-    rows = run.summary.get("data")
-    return {"ledger": flatten(ledger) if ledger else {}, "rows": flatten(rows) if rows else {}}
+    return [(name.replace("_", " "), counted(ledger[name])) for name in names if name in ledger]
+
+
+def counted(value: Any) -> str:
+    """A number, or numbers by reason: `3: broken json 2, over long 1`."""
+    if not isinstance(value, Mapping):
+        return str(value)
+    by_reason = [f"{str(reason).replace('_', ' ')} {count}" for reason, count in value.items()]
+    return f"{sum(value.values())}: {', '.join(by_reason)}" if by_reason else "0"
+
+
+def _prompt_files(run: RunFiles) -> list[dict[str, Any]]:
+    """The prompt files with their refused rows, from inputs.json."""
+    found = [(key, account) for key, account in run.inputs.items() if isinstance(account, Mapping)]
+    return [
+        {
+            "key": key,
+            "rows": account.get("rows"),
+            "used": account.get("used"),
+            "rejected": counted(account.get("rejected") or {}),
+            "examples": account.get("examples") or [],
+        }
+        for key, account in found
+    ]
+
+
+def _settings(run: RunFiles) -> dict[str, str]:
+    """What was trained and how it was evaluated, in words; empty where run.yaml lacks it."""
+    try:
+        return {"trained": _trained_words(run.recipe), "evaluated": _evaluated_words(run)}
+    except KeyError:  # a run.yaml of another version, or none
+        return {"trained": "", "evaluated": ""}
+
+
+def _trained_words(recipe: Mapping[str, Any]) -> str:
+    objective = recipe["objective"]
+    words = f"{objective['divergence']} by {objective['estimator']}"
+    if objective["estimator"] in ("support_matching", "topk_surrogate"):
+        words += f" on {objective['support']}, K={objective['topk']}, {objective['measure']}"
+    kind = recipe["correction"]["kind"]
+    return f"{words}, discount {objective['discount']:g}, {kind} importance weights"
+
+
+def _evaluated_words(run: RunFiles) -> str:
+    evaluation, rollout = run.recipe["evaluation"], run.recipe["rollout"]
+    # Without the whole vocabulary there is no forward KL: see eval/evaluate.py.
+    is_exact = run.last("eval/heldout/kl_forward") is not None
+    how = "exact over the vocabulary" if is_exact else "estimated from the sampled tokens"
+    return (
+        f"up to {evaluation['problems']} problems x {evaluation['samples_per_problem']} samples, "
+        f"temperature {evaluation['temperature']:g}, at most {rollout['max_new_tokens']} new tokens, "
+        f"grader {evaluation['grader']}; KL on up to {evaluation['kl_problems']} of the problems, {how}"
+    )
+
+
+def draw_section(section: Section, run: RunFiles) -> list[tuple[Panel, str | None]]:
+    """Panels with their pictures, None where nothing was recorded."""
+    drawn = [(panel, draw_panel(panel, run)) for panel in section.panels]
+    return [(panel, svg) for panel, svg in drawn if svg is not None or not section.optional]
 
 
 def _metric_rows(run: RunFiles) -> list[dict[str, Any]]:
@@ -145,11 +209,7 @@ def render_report(run_dir: Path) -> Path:
         Path of `run_dir/report.html`.
     """
     run = load_run(run_dir)
-    sections = [
-        (section.question, [(panel, draw_panel(panel, run)) for panel in section.panels])
-        for section in SECTIONS
-    ]
-    status, finished = _status(run)
+    sections = [(section.question, draw_section(section, run)) for section in SECTIONS]
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
@@ -164,16 +224,18 @@ def render_report(run_dir: Path) -> Path:
     page = environment.from_string(template).render(
         run=run,
         name=run.recipe.get("name") or run_dir.resolve().name,
-        status=status,
-        finished=finished,
+        status=_status(run),
+        finished=is_finished(run),
         headline=_headline(run),
-        sections=sections,
+        settings=_settings(run),
+        sections=[(question, panels) for question, panels in sections if panels],
         time=account_time(run.rows),
         time_svg=draw_time(run),
         rollouts=choose_rollouts(run.rollouts),
         bins=BINS,
         difference=recipe_difference(run.recipe) if run.recipe else [],
-        data=_data_account(run),
+        ledger=_ledger(run),
+        prompt_files=_prompt_files(run),
         environment=flatten(run.environment) if run.environment else {},
         metric_rows=_metric_rows(run),
         version=__version__,

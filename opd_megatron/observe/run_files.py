@@ -33,6 +33,7 @@ class RunFiles:
     folder: Path
     rows: tuple[Row, ...]
     rollouts: tuple[ColoredRollout, ...]
+    inputs: Mapped
     summary: Mapped
     environment: Mapped
     run: Mapped
@@ -107,6 +108,7 @@ def load_run(folder: Path) -> RunFiles:
         folder=folder,
         rows=attempt(METRICS_JSONL, rows, ()),
         rollouts=attempt(ROLLOUTS_JSONL, rollouts, ()),
+        inputs=attempt("inputs.json", from_json, {}),
         summary=attempt("summary.json", from_json, {}),
         environment=attempt(ENVIRONMENT_JSON, from_json, {}),
         run=attempt("run.yaml", from_yaml, {}),

@@ -69,7 +69,7 @@ def server_command(
         weight_version: label of the weights at `model_path`.
         host: address to bind; loopback unless other machines must reach the server.
         parent_pid: the process whose death ends the server; None leaves only the kernel's own
-        signal.
+            signal.
     """
     argv = [python, "-m", "opd_megatron.serving.sglang_main"]
     argv += ["--keys-file", str(keys_file), "--device", device]
@@ -92,13 +92,14 @@ def _sglang_arguments(
         "--dtype": server.dtype,
         "--tp-size": str(server.tensor_parallel),
         "--context-length": str(server.context_length),
-        "--max-total-tokens": str(server.max_total_tokens),
         "--mem-fraction-static": str(server.mem_fraction_static),
         "--random-seed": str(seed),
         "--weight-version": str(weight_version),
         "--grammar-backend": "none",
         "--log-level": "warning",
     }
+    if server.max_total_tokens > 0:
+        arguments["--max-total-tokens"] = str(server.max_total_tokens)
     argv = [part for pair in arguments.items() for part in pair]
     argv += ["--skip-tokenizer-init", "--skip-server-warmup"]
     return [*argv, *_CPU_ARGUMENTS] if device == "cpu" else argv

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from opd_megatron.errors import ConfigError, did_you_mean
 from opd_megatron.serving.client import SglangClient
 from opd_megatron.serving.contract import ScoredResponse
+from opd_megatron.teacher.aliases import TokenAliases
 from opd_megatron.types import Rollout, TeacherScores
 
 Result = TypeVar("Result")
@@ -28,6 +29,7 @@ async def score_rollouts(
     routes: Sequence[str],
     *,
     topk: int = 0,
+    aliases: Mapping[str, TokenAliases] | None = None,
     sequences_per_call: int = 128,
 ) -> list[TeacherScores]:
     """Score every rollout with the teacher that its route names.
@@ -37,6 +39,7 @@ async def score_rollouts(
         rollouts: any order, any mix of prompts.
         routes: the teacher's name for each rollout.
         topk: K; 0 asks for the sampled tokens only.
+        aliases: of each teacher, by name; a teacher that is not there has none.
         sequences_per_call: batch size of one call.
 
     Returns:
@@ -56,13 +59,21 @@ async def score_rollouts(
             )
         by_teacher.setdefault(route, []).append(position)
     answers = await _all_or_first_error(
-        _score_with(teachers[name], [rollouts[i] for i in positions], topk, sequences_per_call)
+        _score_with(
+            teachers[name],
+            [rollouts[i] for i in positions],
+            topk,
+            (aliases or {}).get(name, TokenAliases()),
+            sequences_per_call,
+        )
         for name, positions in by_teacher.items()
     )
     scores: dict[int, TeacherScores] = {}
     for (name, positions), scored in zip(by_teacher.items(), answers, strict=True):
+        translate = (aliases or {}).get(name, TokenAliases()).as_student_reads
         for position, one in zip(positions, scored, strict=True):
-            scores[position] = TeacherScores(name, one.logprobs, one.topk_ids, one.topk_logprobs)
+            ids = None if one.topk_ids is None else translate(one.topk_ids)
+            scores[position] = TeacherScores(name, one.logprobs, ids, one.topk_logprobs)
     return [scores[position] for position in range(len(rollouts))]
 
 
@@ -70,6 +81,7 @@ async def _score_with(
     clients: Sequence[SglangClient],
     rollouts: Sequence[Rollout],
     topk: int,
+    aliases: TokenAliases,
     sequences_per_call: int,
 ) -> list[ScoredResponse]:
     """Score rollouts with one teacher, in their order; every free slot takes the next call."""
@@ -83,7 +95,13 @@ async def _score_with(
 
     async def work(client: SglangClient) -> None:
         for call in pending:
-            pairs = [(rollouts[i].prompt_ids, rollouts[i].response_ids) for i in call]
+            pairs = [
+                (
+                    rollouts[i].prompt_ids,
+                    aliases.as_teacher_reads(rollouts[i].response_ids, not rollouts[i].truncated),
+                )
+                for i in call
+            ]
             scores.update(zip(call, await client.score(pairs, topk), strict=True))
 
     await _all_or_first_error(work(client) for client in clients for _ in range(_CALLS_IN_FLIGHT))

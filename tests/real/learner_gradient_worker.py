@@ -10,15 +10,14 @@ metrics and the per-token values.
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
 
 import torch
 import torch.distributed as dist
-from megatron.core.models.gpt import GPTModel
 from safetensors.torch import save_file
 
 from opd_megatron.config.schema import (
@@ -28,7 +27,7 @@ from opd_megatron.config.schema import (
     Recipe,
     StudentConfig,
 )
-from opd_megatron.exchange.batch_file import read_batch, read_index
+from opd_megatron.exchange.batch_file import read_batch, read_index, read_whole
 from opd_megatron.megatron.learner import start_world
 from opd_megatron.megatron.publish import publish
 from opd_megatron.megatron.step import train
@@ -48,12 +47,12 @@ def main() -> None:
     )
     state = start_world(replace(recipe, name="gradient"))
     state.load_hf(student)
-    result = train(state, read_index(batch), lambda samples: read_batch(batch, samples))
+    read = functools.partial(read_batch, batch)
+    result = train(state, read_index(batch), read, read_whole(batch))
     with torch.no_grad():
-        for parameter in state.model.module.parameters():
+        for parameter in state.modules[0].parameters():
             parameter.copy_(parameter.main_grad)  # type: ignore[attr-defined]
-    model = cast(GPTModel, state.model.module)
-    publish(model, state.arch, state.groups, student, out / "gradient", 0)
+    publish(state.modules, state.arch, state.groups, student, out / "gradient", 0)
     if dist.get_rank() == 0:
         (out / "metrics.json").write_text(json.dumps(result.metrics))
         save_file(result.values, out / "values.safetensors")

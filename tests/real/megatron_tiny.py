@@ -73,63 +73,61 @@ def write_model(
     return directory
 
 
+def _teacher(
+    generator: np.random.Generator, response: np.ndarray, vocab_size: int, topk: int
+) -> TeacherScores:
+    """A random distribution per position: of the sampled tokens, and of the likeliest `topk`."""
+    logits = generator.normal(0.0, 0.6, (len(response), vocab_size))
+    logprobs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    sampled = logprobs[np.arange(len(response)), response].astype(np.float32)
+    if not topk:
+        return TeacherScores("main", sampled)
+    ids = np.argsort(-logprobs, axis=1)[:, :topk]
+    ordered = np.take_along_axis(logprobs, ids, axis=1)
+    return TeacherScores("main", sampled, ids.astype(np.int32), ordered.astype(np.float32))
+
+
 def make_samples(
-    lengths: list[tuple[int, int]], vocab_size: int, seed: int, version: int = 0
+    lengths: list[tuple[int, int]],
+    vocab_size: int,
+    seed: int,
+    version: int = 0,
+    topk: int = 0,
 ) -> list[Sample]:
-    """Random samples of (prompt, response) lengths, with the log-probs of an untrained model."""
+    """Random samples of (prompt, response) lengths, with log-probs as of an untrained model.
+
+    `topk`: so many of the teacher's likeliest tokens come along, at every position.
+    """
     generator = np.random.default_rng(seed)
-
-    def logprobs(n: int) -> np.ndarray:
-        return np.minimum(generator.normal(-np.log(vocab_size), 0.6, n), -0.01).astype(np.float32)
-
-    return [
-        Sample(
-            Rollout(
-                sample_id=f"s{i}",
-                prompt_id=f"p{i}",
-                prompt_ids=tuple(generator.integers(0, vocab_size, p).tolist()),
-                response_ids=tuple(generator.integers(0, vocab_size, r).tolist()),
-                behavior_logprobs=logprobs(r),
-                finish_reason="stop",
-                version_first=version,
-                version_last=version,
-                server="rollout-0",
-            ),
-            TeacherScores("main", logprobs(r)),
+    samples = []
+    for i, (prompt, response) in enumerate(lengths):
+        ids = generator.integers(0, vocab_size, prompt + response)
+        behavior = generator.normal(-np.log(vocab_size), 0.6, response)
+        rollout = Rollout(
+            sample_id=f"s{i}",
+            prompt_id=f"p{i}",
+            prompt_ids=tuple(ids[:prompt].tolist()),
+            response_ids=tuple(ids[prompt:].tolist()),
+            behavior_logprobs=np.minimum(behavior, -0.01).astype(np.float32),
+            finish_reason="stop",
+            version_first=version,
+            version_last=version,
+            server="rollout-0",
         )
-        for i, (p, r) in enumerate(lengths)
-    ]
-
-
-def write_samples(
-    path: Path, lengths: list[tuple[int, int]], vocab_size: int, seed: int, version: int = 0
-) -> list[Sample]:
-    """Write a step batch of `make_samples`."""
-    samples = make_samples(lengths, vocab_size, seed, version)
-    write_batch(path, step=seed, weight_version=version, samples=samples)
+        teacher = _teacher(generator, ids[prompt:], vocab_size, topk)
+        samples.append(Sample(rollout, teacher))
     return samples
 
 
-LAYOUTS: dict[str, dict[str, Any]] = {
-    "dp2": {},
-    "dp2_distributed_optimizer": {"distributed_optimizer": True},
-    "tp2": {"tensor_parallel": 2},
-    "tp2_sequence_parallel": {"tensor_parallel": 2, "sequence_parallel": True},
-    "tp2_recompute": {"tensor_parallel": 2, "recompute": True},
-    "pp2": {"pipeline_parallel": 2},
-    "cp2": {"context_parallel": 2},
-}
-LAYOUTS_4: dict[str, dict[str, Any]] = {
-    "tp2_pp2_sp": {"tensor_parallel": 2, "pipeline_parallel": 2, "sequence_parallel": True},
-    "tp2_cp2_sp": {"tensor_parallel": 2, "context_parallel": 2, "sequence_parallel": True},
-    "pp2_dp2_distributed_optimizer": {"pipeline_parallel": 2, "distributed_optimizer": True},
-    "tp2_dp2": {"tensor_parallel": 2},
-    "cp2_dp2": {"context_parallel": 2},
-    "pp4": {"pipeline_parallel": 4},
-}
-# Uneven documents with an empty response; then one sample, so that data-parallel rank 1 has no
-# token.
-LENGTHS = [
-    [(3, 9), (5, 1), (2, 20), (7, 0), (1, 14), (4, 4), (9, 17), (2, 2), (6, 11), (3, 0)],
-    [(4, 12)],
-]
+def write_samples(
+    path: Path,
+    lengths: list[tuple[int, int]],
+    vocab_size: int,
+    seed: int,
+    version: int = 0,
+    topk: int = 0,
+) -> list[Sample]:
+    """Write a step batch of `make_samples`."""
+    samples = make_samples(lengths, vocab_size, seed, version, topk)
+    write_batch(path, step=seed, weight_version=version, samples=samples)
+    return samples

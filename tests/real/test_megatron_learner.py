@@ -209,7 +209,10 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
         device="cpu",
         student=StudentConfig(path=str(model)),
         rollout=RolloutConfig(temperature=TEMPERATURE),
-        optimizer=OptimizerConfig(lr=1e-2, clip_grad=0.1),
+        steps=6,
+        optimizer=OptimizerConfig(
+            lr=1e-2, clip_grad=0.1, schedule="cosine", warmup_steps=3, min_lr=1e-3
+        ),
         correction=CorrectionConfig(kind="masked"),
         batch=BatchConfig(tokens_per_microbatch=48),
         learner=LearnerConfig(precision="fp32", tensor_parallel=2, step_timeout_s=60.0),
@@ -236,7 +239,7 @@ def _same_weights(a: Path, b: Path) -> bool:
 
 
 def test_ready_file_names_the_world(story: Story) -> None:
-    assert story.ready["layout"] == {"tp": 2, "pp": 1, "cp": 1, "dp": 1}
+    assert story.ready["layout"] == {"tp": 2, "pp": 1, "cp": 1, "dp": 1, "vpp": 1}
     assert story.ready["world_size"] == len(set(story.ready["pids"])) == 2
     assert story.results["exit_code"] == 0
 
@@ -304,6 +307,12 @@ def test_a_nan_is_not_applied_and_named(story: Story) -> None:
         "teacher log-prob is not finite: sample s2, response token 7"
     )
     assert _same_weights(story.published["v4"], story.published["v4_after_nan"])
+
+
+def test_the_learning_rate_warms_up_then_falls(story: Story) -> None:
+    rates = [story.results[f"train{i}"]["metrics"]["train/lr"] for i in range(4)]
+    assert rates == pytest.approx([1e-2 / 3, 2e-2 / 3, 1e-2, 1e-2])
+    assert story.results["resumed3"]["metrics"]["train/lr"] == rates[3]
 
 
 def test_resume_continues_bitwise(story: Story) -> None:

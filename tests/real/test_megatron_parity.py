@@ -12,7 +12,7 @@ import pytest
 
 pytestmark = pytest.mark.real
 
-WORKER = Path(__file__).with_name("megatron_worker.py")
+WORKER = Path(__file__).with_name("megatron_parity_worker.py")
 REPOSITORY = Path(__file__).parents[2]
 MODELS = ["qwen3", "qwen3_tied", "qwen2", "qwen2_tied", "llama"]
 LAYOUTS = ["tp1", "tp2", "pp2"]

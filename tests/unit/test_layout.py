@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCE_FOLDERS = ("opd_megatron", "recipes", "scripts", "tests", "docs")
+SOURCE_FOLDERS = ("opd_megatron", "recipes", "scripts", "tests", "docs", "benchmarks")
 MAX_LINES = 400
 MEGATRON_ONLY = {"megatron", "transformer_engine"}
 PICKLES = {"pickle", "cloudpickle", "dill", "shelve", "marshal"}

@@ -35,6 +35,8 @@ COMMANDS = [
     ("recipes", "list"),
     ("recipes", "show", "demo"),
     ("validate", "demo"),
+    ("objectives",),
+    ("objectives", "--json"),
     ("doctor",),
 ]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from opd_megatron.config.overrides import apply_overrides, changed_leaves, leaves
-from opd_megatron.config.recipes import find_recipes, load_recipe
+from opd_megatron.config.recipes import find_recipes, load_recipe, resolve_recipe
 from opd_megatron.config.rules import check, problems
 from opd_megatron.config.run_yaml import read_run_yaml, write_run_yaml
 from opd_megatron.config.schema import Recipe
@@ -109,6 +109,37 @@ def test_relative_paths_are_taken_from_the_recipe_file(tmp_path: Path) -> None:
         "def recipe():\n    return Recipe(student=StudentConfig(path='model'))\n"
     )
     assert load_recipe(str(path))[0].student.path == str(tmp_path / "model")
+
+
+def test_paths_in_overrides_are_taken_from_the_current_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.jsonl").touch()
+    (tmp_path / "demo").mkdir()
+    monkeypatch.chdir(tmp_path)
+    recipe, _ = resolve_recipe("demo", ["data.train=mine.jsonl", "student.path=demo"])
+    assert recipe.data.train == str(tmp_path / "mine.jsonl")
+    assert recipe.student.path == str(tmp_path / "demo")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    recipe, _ = resolve_recipe("demo", ["data.train=~/mine.jsonl", "student.path=nowhere"])
+    assert recipe.data.train == str(tmp_path / "mine.jsonl")
+    assert recipe.student.path == "nowhere"  # an error shows what was typed
+
+
+def test_an_empty_override_of_text_is_the_empty_string(demo: Recipe) -> None:
+    assert apply_overrides(demo, ["data.heldout="]).data.heldout == ""
+
+
+def test_an_installed_package_never_takes_recipes_that_lie_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "site-packages" / "opd_megatron"
+    for folder in (package / "_recipes", package.parent / "recipes"):
+        folder.mkdir(parents=True)
+        (folder / "demo.py").touch()
+    (package.parent / "recipes" / "foreign.py").touch()
+    monkeypatch.setattr("opd_megatron.config.recipes._PACKAGE", package)
+    assert find_recipes() == {"demo": package / "_recipes" / "demo.py"}
 
 
 def test_run_yaml_gives_back_the_same_recipe(demo: Recipe, tmp_path: Path) -> None:

@@ -102,3 +102,21 @@ def test_a_changed_configuration_is_refused_key_by_key(tmp_path: Path) -> None:
         )
     assert "optimizer.lr: 0.001 -> 0.0001" in str(raised.value)
     assert "data: 'abc' -> 'abd'" in str(raised.value)
+
+
+def test_what_any_killed_save_left_is_swept_by_the_next_one(tmp_path: Path) -> None:
+    make(tmp_path, 5)
+    commit.begin(tmp_path, 10)
+    make(tmp_path, 8)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_000005", "step_000008"]
+
+
+def test_damaged_commits_of_an_abandoned_future_do_not_count_among_those_to_keep(
+    tmp_path: Path,
+) -> None:
+    make(tmp_path, 5)
+    (make(tmp_path, 10) / commit.MODEL / "weights.bin").unlink()
+    found = commit.newest(tmp_path, quiet)
+    assert found is not None and found.step == 5
+    make(tmp_path, 7)
+    assert commit.committed_steps(tmp_path) == [5, 7]

@@ -165,6 +165,31 @@ def test_steps_not_applied_in_a_row_stop_the_run_with_the_reason() -> None:
     assert world.core.ledger.rejected["step_not_applied"] == 9
 
 
+def test_updates_that_were_not_applied_are_counted_in_the_row_of_the_step() -> None:
+    world = World(seed=1, fault_rate=0.0, kill_rate=0.0)
+    honest, recorded = world.answer, []
+
+    def poisoned_once(action: p.Action) -> list[p.Event]:
+        if isinstance(action, p.Train) and action.step == 2 and world.core.bad_steps == 0:
+            return [p.Trained(action.step, False, "grad_norm is NaN on rank 1")]
+        return honest(action)
+
+    take = world.take
+
+    def take_and_keep(actions: list[p.Action]) -> None:
+        recorded.extend(action for action in actions if isinstance(action, p.RecordStep))
+        take(actions)
+
+    world.answer, world.take = poisoned_once, take_and_keep  # type: ignore[method-assign]
+    assert isinstance(world.run(), p.Finish)
+    skipped = {record.step: record.metrics.get("train/skipped") for record in recorded}
+    assert skipped == {
+        0: None,
+        2: 1.0,
+        **dict.fromkeys((1, *range(3, SETTINGS.steps + 1)), 0.0),
+    }
+
+
 def test_a_step_in_which_every_prompt_is_refused_stops_the_run() -> None:
     world = World(seed=1, fault_rate=0.0, kill_rate=0.0)
     honest = world.answer

@@ -142,18 +142,20 @@ def test_a_batch_without_response_tokens_still_runs_one_micro_batch() -> None:
     dp_size=st.integers(1, 5),
     capacity=st.integers(48, 200),
     multiple=st.sampled_from([1, 2, 4, 8]),
+    groups_of=st.integers(1, 4),
 )
 def test_plans_hold_every_document_once_within_the_limit(
-    lengths: list[int], dp_size: int, capacity: int, multiple: int
+    lengths: list[int], dp_size: int, capacity: int, multiple: int, groups_of: int
 ) -> None:
-    plan = plan_packing(lengths, dp_size, capacity, multiple)
+    plan = plan_packing(lengths, dp_size, capacity, multiple, groups_of)
+    assert plan.num_micro_batches % groups_of == 0
     packed = [i for rank in range(dp_size) for i in plan.of_rank(rank)]
     assert sorted(packed) == [i for i, n in enumerate(lengths) if n]
     assert {len(rank) for rank in plan.samples} == {plan.num_micro_batches}
     assert plan.num_tokens <= capacity and plan.num_tokens % multiple == 0
     loads = [sum(lengths[i] for i in micro) for rank in plan.samples for micro in rank]
     assert max(loads) <= plan.num_tokens
-    assert plan == plan_packing(lengths, dp_size, capacity, multiple)
+    assert plan == plan_packing(lengths, dp_size, capacity, multiple, groups_of)
 
 
 @given(
@@ -194,3 +196,16 @@ def test_context_parallel_ranks_hold_mirrored_pieces() -> None:
     assert context_parallel_rows(borders, 2, 0).tolist() == [0, 1, 6, 7, 8, 11]
     assert context_parallel_rows(borders, 2, 1).tolist() == [2, 3, 4, 5, 9, 10]
     assert context_parallel_rows(borders, 1, 0).tolist() == list(range(12))
+
+
+def test_a_rank_without_samples_packs_as_many_teacher_entries_as_the_others(tmp_path: Path) -> None:
+    rollout = Rollout("s0", "p0", (1,), (2, 3), np.zeros(2, np.float32), "stop", 0, 0, "rollout-0")
+    ids = np.array([[4, 5, 6], [7, 8, 9]], np.int32)
+    scores = TeacherScores("main", np.zeros(2, np.float32), ids, np.zeros((2, 3), np.float32))
+    write_batch(tmp_path / "batch", step=1, weight_version=0, samples=[Sample(rollout, scores)])
+    index = read_index(tmp_path / "batch")
+    for samples in ([0], []):
+        batch = read_batch(tmp_path / "batch", samples)
+        micro = pack(batch, samples, index.response_offsets, num_tokens=4)
+        assert micro.topk_ids_TK is not None and micro.topk_logprobs_TK is not None
+        assert micro.topk_ids_TK.shape == micro.topk_logprobs_TK.shape == (4, 3)

@@ -15,13 +15,9 @@ import pytest
 
 from opd_megatron.errors import ConfigError, RoleDied
 from opd_megatron.launch import lock
+from opd_megatron.launch.members import ATTEMPT_VARIABLE, kill_attempt
 from opd_megatron.launch.ports import PortReservations
-from opd_megatron.launch.supervisor import (
-    ATTEMPT_VARIABLE,
-    RoleCommand,
-    Supervisor,
-    kill_attempt,
-)
+from opd_megatron.launch.supervisor import RoleCommand, Supervisor, tail
 
 SLEEP = "import time; time.sleep(60)"
 # A process that starts a grandchild in a session of its own, as torchrun does.
@@ -138,3 +134,12 @@ def test_reserved_ports_are_not_given_twice() -> None:
         ports = [reservations.reserve() for reservations in (first, second) for _ in range(20)]
     assert len(set(ports)) == 40
     assert all(port < 32768 for port in ports)
+
+
+def test_the_tail_of_a_log_ends_where_torchrun_has_said_which_rank_ended(tmp_path: Path) -> None:
+    log = tmp_path / "learner.log"
+    report = "E1 x 7 lib/torch/distributed/elastic/multiprocessing/api.py:1002] failed (exitcode: 1) rank: 0"
+    log.write_text("\n".join(["ValueError: the cause", report, *("more of it" for _ in range(40))]))
+    assert tail(log) == f"  | ValueError: the cause\n  | {report}"
+    log.write_text(report)
+    assert "failed (exitcode: 1)" in tail(log)

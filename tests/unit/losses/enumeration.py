@@ -10,11 +10,27 @@ from collections.abc import Callable
 
 import torch
 
-from opd_megatron.losses.token_loss import TokenInputs, TokenLossOutput
+from opd_megatron.config.schema import CorrectionConfig, ObjectiveConfig
+from opd_megatron.losses.settings import LossSettings
+from opd_megatron.losses.token_loss import (
+    TokenInputs,
+    TokenLoss,
+    TokenLossOutput,
+    make_token_loss,
+)
 from opd_megatron.losses.token_stats import TokenStats, token_stats
 
 VOCAB_SIZE = 6
 LossOf = Callable[[TokenStats, TokenInputs], TokenLossOutput]
+
+
+def loss_of(
+    objective: ObjectiveConfig, correction: CorrectionConfig, *, allow_nan: bool = False
+) -> TokenLoss:
+    """The loss of an objective under a correction, nothing else set."""
+    return make_token_loss(
+        LossSettings(objective=objective, correction=correction), allow_nan=allow_nan
+    )
 
 
 def random_logprobs(seed: int, scale: float = 1.5) -> torch.Tensor:

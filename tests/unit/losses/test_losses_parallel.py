@@ -10,7 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from loss_rank_worker import WORLD_SIZE, batch_of_scores, probe_loss
+from loss_rank_worker import (
+    MODE_CASES,
+    MODES,
+    WORLD_SIZE,
+    batch_of_scores,
+    probe_loss,
+    run_mode,
+)
 
 from opd_megatron.losses.filters import gather_scores, percentile_window
 from opd_megatron.losses.token_stats import token_stats
@@ -32,6 +39,9 @@ def make_cases() -> dict[str, dict[str, Any]]:
             "support": ids[:, 1:] if support else None,
             "vocab_size": vocab_size,
             "temperature": 0.8,
+            "teacher": torch.randn(10, columns, generator=generator, dtype=torch.float64) * 3,
+            "hidden": torch.randn(10, 6, generator=generator, dtype=torch.float64),
+            "weight": torch.randn(columns, 6, generator=generator, dtype=torch.float64),
         }
 
     return {
@@ -62,7 +72,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list
         for rank in range(WORLD_SIZE)
     ]
     try:
-        errors = [rank.communicate(timeout=100)[1] for rank in ranks]
+        errors = [rank.communicate(timeout=200)[1] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
@@ -70,7 +80,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list
     return cases, [torch.load(folder / f"{rank}.pt") for rank in range(WORLD_SIZE)]
 
 
-@pytest.mark.parametrize("tp", [2, 4])
+@pytest.mark.parametrize("tp", [1, 2, 4])
 @pytest.mark.parametrize("name", ["plain", "padded", "empty_rank", "float32", "bfloat16"])
 def test_shards_together_equal_the_unsharded_result(runs: Any, name: str, tp: int) -> None:
     cases, results = runs
@@ -113,15 +123,65 @@ def test_every_rank_holds_bitwise_the_same_statistics(runs: Any, tp: int) -> Non
 
 def test_two_collectives_forward_and_none_backward(runs: Any) -> None:
     _, results = runs
-    for (name, tp), result in ((k, v) for k, v in results[0].items() if isinstance(k, tuple)):
-        assert (result["forward_calls"], result["backward_calls"]) == (2, 0), (name, tp)
+    for name in make_cases():
+        for tp in (2, 4):
+            assert results[0][name, tp]["calls"] == (2, 0), (name, tp)
+        assert results[0][name, 1]["calls"] == (0, 0), name
+
+
+# (forward, backward) all-reduces for 10 tokens in chunks of 4; hidden's gradient is one of them.
+COLLECTIVES = {
+    "in_place": (2, 0),
+    "dense": (3, 0),
+    "chunked": (2 * 3, 1),
+    "chunked_partial": (2 * 3, 0),
+    "recompute": (2, 1),
+    "recompute_partial": (2, 0),
+}
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("mode", MODES)
+def test_collectives_of_every_mode(runs: Any, mode: str, tp: int) -> None:
+    _, results = runs
+    wanted = COLLECTIVES[mode] if tp > 1 else (0, 0)
+    for name in MODE_CASES:
+        for rank in range(WORLD_SIZE):
+            assert results[rank][mode, name, tp]["calls"] == wanted, (name, rank)
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("name", MODE_CASES)
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_in_shards_equals_the_unsharded_result(
+    runs: Any, mode: str, name: str, tp: int
+) -> None:
+    cases, results = runs
+    whole = run_mode(mode, cases[name], 0, 1, None)
+    close: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-12}
+    seen = [results[rank][mode, name, tp] for rank in range(tp)]
+    for rank in range(tp):
+        torch.testing.assert_close(seen[rank]["loss"], whole["loss"], **close)
+    if whole["logits"] is not None:
+        grad = torch.cat([s["logits"] for s in seen], dim=1)
+        torch.testing.assert_close(grad, whole["logits"], **close)
+        return
+    torch.testing.assert_close(torch.cat([s["weight"] for s in seen]), whole["weight"], **close)
+    if mode.endswith("_partial"):
+        total = torch.stack([s["hidden"] for s in seen]).sum(0)
+        torch.testing.assert_close(total, whole["hidden"], **close)
+    else:
+        for s in seen:
+            torch.testing.assert_close(s["hidden"], whole["hidden"], **close)
 
 
 def test_a_nan_on_one_rank_reaches_every_rank_or_raises_before_any_collective(runs: Any) -> None:
     _, results = runs
     for rank in range(WORLD_SIZE):
         assert results[rank]["nan"]["log_z"].isnan().nonzero().tolist() == [[1]]
-    assert "local_logits_TV: NaN" in results[0]["nan"]["message"]
+    tensors = ("local_logits_TV: NaN", "teacher_local_logits_TV: NaN", "hidden_TH", "hidden_TH")
+    messages = results[0]["nan"]["messages"]
+    assert [m.startswith(t) for m, t in zip(messages, tensors, strict=True)] == [True] * 4, messages
 
 
 @pytest.mark.parametrize("tp", [2, 4])

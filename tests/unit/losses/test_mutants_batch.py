@@ -7,19 +7,27 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from enumeration import loss_of
 
-from opd_megatron.config.schema import CorrectionConfig, ObjectiveConfig
+from opd_megatron.config.schema import (
+    CorrectionConfig,
+    ObjectiveConfig,
+    TaskConfig,
+    WhiteningConfig,
+)
+from opd_megatron.losses.batch_plan import BatchArrays, StudentScores, make_plan
 from opd_megatron.losses.corrections import importance_weights
 from opd_megatron.losses.divergences import make_divergence
 from opd_megatron.losses.estimators import policy_gradient, value_as_advantage
 from opd_megatron.losses.filters import gather_scores, percentile_window
 from opd_megatron.losses.returns import discounted_advantages
 from opd_megatron.losses.sequences import Sequences
+from opd_megatron.losses.settings import LossSettings
 from opd_megatron.losses.support_matching import support_divergence
 from opd_megatron.losses.supports import SupportSources, make_support
-from opd_megatron.losses.token_loss import TokenInputs, make_token_loss
+from opd_megatron.losses.token_loss import TokenInputs
 from opd_megatron.losses.token_stats import TokenStats, token_stats
-from opd_megatron.losses.whitening import combine, whiten
+from opd_megatron.losses.whitening import whiten
 
 V, PADDED = 11, 16
 Statistics = Callable[[torch.Tensor, torch.Tensor, float], TokenStats]
@@ -111,8 +119,8 @@ def check_self_distillation(teacher_temperature: float) -> None:
     stats = our_stats(logits, targets, 0.7)
     teacher = dense(logits, targets, teacher_temperature).sampled_logprobs_T
     inputs = TokenInputs(stats.sampled_logprobs_T, teacher, torch.ones(6))
-    output = make_token_loss(ObjectiveConfig(), CorrectionConfig())(stats, inputs)
-    assert float(output.maxes["train/advantage_abs_max"]) < 1e-9
+    output = loss_of(ObjectiveConfig(), CorrectionConfig())(stats, inputs)
+    assert float(output.advantages_T.abs().max()) < 1e-9
 
 
 def test_temperature_on_one_side_is_caught() -> None:
@@ -212,7 +220,19 @@ ONE_SET = Sequences(torch.zeros(6, dtype=torch.long), 1)
 
 
 def task_whitened(distillation: torch.Tensor, task: torch.Tensor) -> torch.Tensor:
-    return combine(distillation, whiten(task, ONE_SET)[0], kl_coefficient=1.0, task_coefficient=1.0)
+    """The plan's own sum: one response a token, rewards whitened over the batch."""
+    settings = LossSettings(
+        task=TaskConfig(coefficient=1.0),
+        whitening=WhiteningConfig(scope="batch"),
+        correction=CorrectionConfig(kind="none"),
+        updates_per_step=2,  # the plan computes the whole credit
+    )
+    ones = torch.ones(6, dtype=torch.bool)
+    zeros = torch.zeros(6, dtype=torch.long)
+    arrays = BatchArrays(distillation, distillation, ones, torch.arange(6), zeros, task)
+    plan = make_plan(settings, arrays, StudentScores(torch.zeros(6), torch.zeros(6)))
+    assert plan.advantages_N is not None
+    return plan.advantages_N
 
 
 def test_whitening_after_the_distillation_term_is_caught() -> None:
@@ -255,8 +275,8 @@ def check_certain_tokens(count: Callable[[torch.Tensor, torch.Tensor], int]) -> 
 
 def our_count(logprobs: torch.Tensor, mask: torch.Tensor) -> int:
     stats = TokenStats(logprobs, logprobs, logprobs)
-    loss = make_token_loss(ObjectiveConfig(), CorrectionConfig())
-    return int(loss(stats, TokenInputs(logprobs, logprobs, mask)).token_count)
+    loss = loss_of(ObjectiveConfig(), CorrectionConfig())
+    return int((loss(stats, TokenInputs(logprobs, logprobs, mask)).weights_T > 0).sum())
 
 
 def test_zero_logprob_taken_for_padding_is_caught() -> None:

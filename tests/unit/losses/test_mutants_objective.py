@@ -14,6 +14,7 @@ import pytest
 import torch
 from enumeration import (
     VOCAB_SIZE,
+    loss_of,
     random_logprobs,
     relative_error,
     reverse_kl,
@@ -24,7 +25,7 @@ from opd_megatron.config.schema import CorrectionConfig, ObjectiveConfig
 from opd_megatron.losses.divergences import make_divergence
 from opd_megatron.losses.support_matching import support_divergence, surrogate
 from opd_megatron.losses.supports import SupportSources, make_support
-from opd_megatron.losses.token_loss import TokenInputs, make_token_loss
+from opd_megatron.losses.token_loss import TokenInputs
 from opd_megatron.losses.token_stats import token_stats
 
 STUDENT, TEACHER, BEHAVIOR = (random_logprobs(seed) for seed in (0, 100, 200))
@@ -45,7 +46,7 @@ def expected(loss: SampledLoss, behavior: torch.Tensor) -> torch.Tensor:
 
 
 def ours(objective: ObjectiveConfig) -> SampledLoss:
-    loss = make_token_loss(objective, OPEN)
+    loss = loss_of(objective, OPEN)
 
     def of_token(
         logits: torch.Tensor, token: int, teacher: torch.Tensor, behavior: torch.Tensor

@@ -1,147 +1,168 @@
-"""Every objective of the catalog: its exact expected gradient is the one the catalog declares."""
+"""What a recipe may ask for: everything in the catalog, nothing biased without permission."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
-from enumeration import expected_gradient, random_logprobs, relative_error, target_gradient
 
-from opd_megatron.config.schema import CorrectionConfig, ObjectiveConfig
+from opd_megatron.config.schema import (
+    CorrectionConfig,
+    FilterConfig,
+    ObjectiveConfig,
+    TaskConfig,
+    WhiteningConfig,
+)
 from opd_megatron.errors import ConfigError
-from opd_megatron.losses.catalog import OBJECTIVES, Objective, check_objective
+from opd_megatron.losses.catalog import OBJECTIVES, Objective, find_objective
+from opd_megatron.losses.combinations import check_served, check_settings
 from opd_megatron.losses.divergences import DIVERGENCES, make_divergence
 from opd_megatron.losses.estimators import ESTIMATORS
+from opd_megatron.losses.settings import SERVED_SUPPORTS, SUPPORT_ESTIMATORS, LossSettings
+from opd_megatron.losses.support_matching import NORMALIZATIONS, TOKEN_WEIGHTS
+from opd_megatron.losses.supports import SUPPORTS
 from opd_megatron.losses.token_loss import make_token_loss
 
-Target = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-NONE = CorrectionConfig(kind="none")
-OPEN = CorrectionConfig(kind="masked", low=0.0, high=math.inf)
-PARAMETERS = [{"jsd_teacher_weight": 0.5, "alpha": 0.5}, {"jsd_teacher_weight": 0.2, "alpha": 1.7}]
+TASK = TaskConfig(coefficient=1.0)
 
 
-def config_of(row: Objective, parameters: dict[str, float] | None = None) -> ObjectiveConfig:
-    made = ObjectiveConfig(divergence=row.divergence, estimator=row.estimator, allow_biased=True)
-    return replace(made, **(parameters or {}))  # type: ignore[arg-type]
-
-
-def divergence_of(objective: ObjectiveConfig) -> Target:
-    divergence = make_divergence(objective)
-    return lambda log_p, log_q: divergence.terms(log_p, log_q).sum()
-
-
-def kl(log_a: torch.Tensor, log_b: torch.Tensor) -> torch.Tensor:
-    return (log_a.exp() * (log_a - log_b)).sum()
-
-
-def declared_target(row: Objective, objective: ObjectiveConfig) -> Target:
-    """What the catalog says is descended, written out independently of the estimators."""
-    if row.proven:
-        return divergence_of(objective)
-    if row.estimator == "k2_as_advantage":
-
-        def k2(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
-            log_r = log_p - log_q
-            return (log_p.exp() * (0.5 * log_r.square() - log_r + 1)).sum()
-
-        return k2
-    if row.estimator == "k3_as_advantage":
-        return lambda log_p, log_q: kl(log_p, log_q) - kl(log_q, log_p)
-    if row.estimator == "k3_differentiated":
-        return lambda log_p, log_q: kl(log_q, log_p)
-    assert row.estimator == "value_as_advantage"
-    divergence = make_divergence(objective)
-
-    def with_derivative_f_over_r(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
-        # D_g with r g'(r) = f(r): its derivative by log pi(v) is q(v) f(r(v)), here held constant.
-        return (divergence.terms(log_p, log_q).detach() * log_p).sum()
-
-    return with_derivative_f_over_r
-
-
-@pytest.mark.parametrize("parameters", PARAMETERS, ids=["symmetric", "skewed"])
-@pytest.mark.parametrize("row", OBJECTIVES, ids=lambda row: row.name)
-def test_expected_gradient_is_the_declared_one(
-    row: Objective, parameters: dict[str, float]
-) -> None:
-    objective = config_of(row, parameters)
-    for seed in range(3):
-        student, teacher = random_logprobs(seed), random_logprobs(seed + 100)
-        wanted = target_gradient(declared_target(row, objective), student, teacher)
-        on_policy = expected_gradient(make_token_loss(objective, NONE), student, teacher, student)
-        assert relative_error(on_policy, wanted) <= 1e-10
-        behavior = random_logprobs(seed + 200)
-        reweighted = expected_gradient(make_token_loss(objective, OPEN), student, teacher, behavior)
-        assert relative_error(reweighted, wanted) <= 1e-10
-
-
-@pytest.mark.parametrize(
-    "row", [row for row in OBJECTIVES if not row.proven], ids=lambda row: row.name
-)
-def test_what_is_declared_biased_really_is(row: Objective) -> None:
-    objective = config_of(row)
-    student, teacher = random_logprobs(0), random_logprobs(100)
-    seen = expected_gradient(make_token_loss(objective, NONE), student, teacher, student)
-    wanted = target_gradient(divergence_of(objective), student, teacher)
-    assert relative_error(seen, wanted) > 0.05
+def config_of(row: Objective) -> ObjectiveConfig:
+    named = {k: getattr(row, k) for k in ("measure", "token_weights") if getattr(row, k)}
+    return ObjectiveConfig(divergence=row.divergence, estimator=row.estimator, **named)
 
 
 @pytest.mark.parametrize("row", OBJECTIVES, ids=lambda row: row.name)
 def test_biased_objectives_need_permission(row: Objective) -> None:
-    objective = replace(config_of(row), allow_biased=False)
+    objective = config_of(row)
+    assert find_objective(objective) is row
     if row.proven:
-        assert check_objective(objective) is row
-    else:
-        with pytest.raises(ConfigError, match="allow_biased") as caught:
-            make_token_loss(objective, NONE)
-        assert row.descends in str(caught.value)
+        assert check_settings(LossSettings(objective=objective)) is row
+        return
+    with pytest.raises(ConfigError, match="allow_biased") as caught:
+        make_token_loss(LossSettings(objective=objective))
+    assert row.descends in str(caught.value)
+    make_token_loss(LossSettings(objective=replace(objective, allow_biased=True)))
 
 
 def test_the_catalog_holds_everything_that_is_registered() -> None:
+    estimators = {*ESTIMATORS, *SUPPORT_ESTIMATORS}
     assert {row.divergence for row in OBJECTIVES} == set(DIVERGENCES)
-    assert {row.estimator for row in OBJECTIVES} == set(ESTIMATORS)
+    assert {row.estimator for row in OBJECTIVES} == estimators
     assert {row.divergence for row in OBJECTIVES if row.proven} == set(DIVERGENCES)
+    assert {row.measure for row in OBJECTIVES if row.measure} == set(NORMALIZATIONS)
+    assert {row.token_weights for row in OBJECTIVES if row.token_weights} == set(TOKEN_WEIGHTS)
     fields = ObjectiveConfig.__dataclass_fields__
     assert set(fields["divergence"].metadata["choices"]) == set(DIVERGENCES)
-    assert set(fields["estimator"].metadata["choices"]) == set(ESTIMATORS)
+    assert set(fields["estimator"].metadata["choices"]) == estimators
+    assert set(fields["support"].metadata["choices"]) == set(SUPPORTS)
+    assert set(fields["measure"].metadata["choices"]) == set(NORMALIZATIONS)
+    assert set(fields["token_weights"].metadata["choices"]) == set(TOKEN_WEIGHTS)
 
 
 def test_advantages_vanish_where_student_and_teacher_agree() -> None:
     zero = torch.zeros(3, dtype=torch.float64)
     for row in OBJECTIVES:
-        advantage = ESTIMATORS.get(row.estimator)(make_divergence(config_of(row)))
-        assert float(advantage(zero).abs().max()) < 1e-15, row.name
+        if row.estimator in ESTIMATORS:
+            advantage = ESTIMATORS.get(row.estimator)(make_divergence(config_of(row)))
+            assert float(advantage(zero).abs().max()) < 1e-15, row.name
 
 
-def test_entropy_bonus_adds_the_exact_entropy_gradient() -> None:
-    student, teacher, behavior = (random_logprobs(s) for s in (0, 100, 200))
-
-    def target(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
-        return kl(log_p, log_q) + 0.3 * (log_p.exp() * log_p).sum()
-
-    loss = make_token_loss(ObjectiveConfig(entropy_bonus=0.3), OPEN)
-    seen = expected_gradient(loss, student, teacher, behavior)
-    assert relative_error(seen, target_gradient(target, student, teacher)) <= 1e-10
+def objective(**fields: object) -> LossSettings:
+    return LossSettings(objective=ObjectiveConfig(**fields))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
-    ("objective", "words"),
+    ("settings", "words"),
     [
-        (ObjectiveConfig(divergence="revers_kl"), "did you mean 'reverse_kl'"),
-        (ObjectiveConfig(estimator="k1"), "no such estimator"),
-        (ObjectiveConfig(divergence="chi2", estimator="k2_as_advantage"), "not for chi2"),
-        (ObjectiveConfig(divergence="jsd", jsd_teacher_weight=0.0), "strictly between"),
-        (ObjectiveConfig(divergence="jsd", jsd_teacher_weight=1.0), "strictly between"),
-        (ObjectiveConfig(divergence="alpha", alpha=1.0), "reverse_kl for 1"),
-        (ObjectiveConfig(divergence="tsallis", alpha=0.0), "forward_kl for 0"),
-        (ObjectiveConfig(discount=0.5), "objective.discount=0.5"),
-        (ObjectiveConfig(entropy_bonus=-1.0), "objective.entropy_bonus=-1.0"),
+        (objective(divergence="revers_kl"), "did you mean 'reverse_kl'"),
+        (objective(estimator="k1"), "no such estimator"),
+        (objective(divergence="chi2", estimator="k2_as_advantage"), "not for chi2"),
+        (objective(divergence="chi2", estimator="topk_surrogate"), "not for chi2"),
+        (objective(estimator="topk_surrogate", measure="tail_bucket"), "renormalized or raw"),
+        (objective(divergence="jsd", jsd_teacher_weight=0.0), "strictly between"),
+        (objective(divergence="jsd", jsd_teacher_weight=1.0), "strictly between"),
+        (objective(divergence="alpha", alpha=1.0), "reverse_kl for 1"),
+        (objective(divergence="tsallis", alpha=0.0), "forward_kl for 0"),
+        (objective(discount=1.5), "objective.discount=1.5"),
+        (objective(discount=0.5, estimator="k2_differentiated"), "objective.discount=0.5"),
+        (objective(entropy_bonus=-1.0), "objective.entropy_bonus=-1.0"),
+        (objective(coefficient=0.0), "nothing is left to learn"),
+        (objective(normalization="mean_of_means"), "objective.normalization='mean_of_means'"),
+        (LossSettings(correction=CorrectionConfig(low=2.0, high=0.5)), "order the bounds"),
+        (LossSettings(correction=CorrectionConfig(low=-1.0)), "correction.low=-1.0"),
+        (LossSettings(correction=CorrectionConfig(kind="x")), "correction.kind='x'"),
+        (LossSettings(correction=CorrectionConfig(level="batch")), "correction.level='batch'"),
+        (
+            LossSettings(filter=FilterConfig(score="student_entropy", low=70, high=30)),
+            "below filter.high=30",
+        ),
+        (LossSettings(whitening=WhiteningConfig(scope="group")), "no task term to whiten"),
+        (
+            LossSettings(whitening=WhiteningConfig(scope="sample"), task=TASK),
+            "leaves nothing",
+        ),
     ],
 )
-def test_impossible_objectives_are_refused(objective: ObjectiveConfig, words: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        check_objective(objective)
+def test_impossible_settings_are_refused(settings: LossSettings, words: str) -> None:
+    for allowed in (False, True):
+        chosen = replace(settings.objective, allow_biased=allowed)
+        with pytest.raises(ConfigError) as caught:
+            check_settings(replace(settings, objective=chosen))
+        assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (LossSettings(filter=FilterConfig(score="kl", low=70)), "chooses by the very token"),
+        (
+            LossSettings(correction=CorrectionConfig(level="geometric_mean")),
+            "no importance weight",
+        ),
+        (objective(discount=1.0), "ratio of the whole response"),
+        (
+            LossSettings(whitening=WhiteningConfig(scope="batch", of="distillation")),
+            "the divergence that is to go down",
+        ),
+        (
+            LossSettings(whitening=WhiteningConfig(scope="group", of="sum"), task=TASK),
+            "the divergence that is to go down",
+        ),
+    ],
+)
+def test_settings_that_tilt_the_gradient_need_permission(
+    settings: LossSettings, words: str
+) -> None:
+    with pytest.raises(ConfigError, match="allow_biased") as caught:
+        check_settings(settings)
     assert words in str(caught.value)
+    check_settings(replace(settings, objective=replace(settings.objective, allow_biased=True)))
+
+
+def test_what_is_exact_needs_no_permission() -> None:
+    for settings in (
+        objective(discount=1.0, estimator="policy_gradient"),
+        objective(discount=0.5),
+    ):
+        for correction in (CorrectionConfig(kind="none"), CorrectionConfig(level="sequence")):
+            check_settings(replace(settings, correction=correction))
+    check_settings(LossSettings(filter=FilterConfig(score="student_entropy", low=70)))
+    check_settings(
+        LossSettings(
+            objective=ObjectiveConfig(estimator="support_matching"),
+            filter=FilterConfig(score="kl", low=70),
+        )
+    )
+    check_settings(LossSettings(whitening=WhiteningConfig(scope="group"), task=TASK))
+
+
+def test_supports_beyond_what_a_server_sends_are_refused_for_served_teachers() -> None:
+    for name in SUPPORTS:
+        settings = objective(estimator="support_matching", support=name)
+        if name in SERVED_SUPPORTS:
+            check_served(settings)
+        else:
+            with pytest.raises(ConfigError, match="does not score") as caught:
+                check_served(settings)
+            assert f"objective.support={name!r}" in str(caught.value)

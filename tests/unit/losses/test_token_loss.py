@@ -11,6 +11,7 @@ import torch
 from enumeration import (
     VOCAB_SIZE,
     expected_gradient,
+    loss_of,
     random_logprobs,
     relative_error,
     reverse_kl,
@@ -19,10 +20,12 @@ from enumeration import (
 
 from opd_megatron.config.schema import CorrectionConfig, ObjectiveConfig
 from opd_megatron.errors import ConfigError
+from opd_megatron.losses.batch_metrics import step_metrics
+from opd_megatron.losses.batch_plan import BatchArrays, make_plan
 from opd_megatron.losses.checks import LossInputError
 from opd_megatron.losses.corrections import importance_weights
-from opd_megatron.losses.diagnostics import finish
-from opd_megatron.losses.token_loss import TokenInputs, TokenLossOutput, make_token_loss
+from opd_megatron.losses.settings import LossSettings
+from opd_megatron.losses.token_loss import TokenInputs, TokenLossOutput
 from opd_megatron.losses.token_stats import TokenStats, token_stats
 
 NO_CORRECTION = CorrectionConfig(kind="none")
@@ -47,17 +50,42 @@ def run(
     correction: CorrectionConfig | None = None,
 ) -> tuple[TokenLossOutput, torch.Tensor]:
     z = logits.clone().requires_grad_()
-    loss = make_token_loss(ObjectiveConfig(), correction or CorrectionConfig())
+    loss = loss_of(ObjectiveConfig(), correction or CorrectionConfig())
     output = loss(token_stats(z, targets, vocab_size=VOCAB_SIZE), inputs)
     output.loss_sum.backward()
     assert z.grad is not None
     return output, z.grad
 
 
+def metrics_of(
+    logits: torch.Tensor, targets: torch.Tensor, inputs: TokenInputs, correction: CorrectionConfig
+) -> dict[str, float]:
+    """Step metrics of one response, as the learner computes them from per-token values."""
+    settings = LossSettings(correction=correction)
+    stats = token_stats(logits, targets, vocab_size=VOCAB_SIZE)
+    output = run(logits, targets, inputs, correction)[0]
+    arrays = BatchArrays(
+        inputs.behavior_logprobs_T,
+        inputs.teacher_logprobs_T,
+        inputs.mask_T,
+        torch.zeros(len(targets), dtype=torch.long),
+        torch.zeros(1, dtype=torch.long),
+    )
+    values = {
+        "student_logprobs": stats.sampled_logprobs_T,
+        "student_entropy": stats.entropy_T,
+        "losses": output.losses_T,
+        "advantages": output.advantages_T,
+        "weights": output.weights_T,
+        "outside": output.outside_T,
+    }
+    return step_metrics(settings, arrays, make_plan(settings, arrays), values)
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_expected_gradient_is_the_reverse_kl_gradient(seed: int) -> None:
     student, teacher = random_logprobs(seed), random_logprobs(seed + 100)
-    loss = make_token_loss(ObjectiveConfig(), NO_CORRECTION)
+    loss = loss_of(ObjectiveConfig(), NO_CORRECTION)
     seen = expected_gradient(loss, student, teacher, behavior_logprobs_V=student)
     assert relative_error(seen, target_gradient(reverse_kl, student, teacher)) <= 1e-10
 
@@ -67,14 +95,14 @@ def test_expected_gradient_is_the_reverse_kl_gradient(seed: int) -> None:
 def test_expected_gradient_under_the_behavior_policy_with_open_bounds(seed: int, kind: str) -> None:
     student, teacher = random_logprobs(seed), random_logprobs(seed + 100)
     behavior = random_logprobs(seed + 200)
-    loss = make_token_loss(ObjectiveConfig(), CorrectionConfig(kind=kind, low=0.0, high=math.inf))
+    loss = loss_of(ObjectiveConfig(), CorrectionConfig(kind=kind, low=0.0, high=math.inf))
     seen = expected_gradient(loss, student, teacher, behavior)
     assert relative_error(seen, target_gradient(reverse_kl, student, teacher)) <= 1e-10
 
 
 def test_without_importance_weights_the_behavior_policy_biases_the_gradient() -> None:
     student, teacher, behavior = (random_logprobs(s) for s in (0, 100, 200))
-    loss = make_token_loss(ObjectiveConfig(), NO_CORRECTION)
+    loss = loss_of(ObjectiveConfig(), NO_CORRECTION)
     seen = expected_gradient(loss, student, teacher, behavior)
     assert relative_error(seen, target_gradient(reverse_kl, student, teacher)) > 0.1
 
@@ -90,9 +118,7 @@ def test_masked_tokens_drop_exactly_their_share_of_the_expected_gradient() -> No
         # Score-function form of the reverse KL, restricted to the kept tokens.
         return (student.exp() * (student - teacher) * logp)[kept].sum()
 
-    seen = expected_gradient(
-        make_token_loss(ObjectiveConfig(), correction), student, teacher, behavior
-    )
+    seen = expected_gradient(loss_of(ObjectiveConfig(), correction), student, teacher, behavior)
     assert relative_error(seen, target_gradient(kept_part, student, teacher)) <= 1e-10
 
 
@@ -110,7 +136,6 @@ def test_loss_is_minus_weight_times_advantage_times_logprob() -> None:
     torch.testing.assert_close(grad, z.grad, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(output.weights_T, weight)
     torch.testing.assert_close(output.advantages_T, advantage * inputs.mask_T)
-    assert int(output.token_count) == int(inputs.mask_T.sum())
 
 
 def test_bounds_are_inclusive() -> None:
@@ -130,7 +155,7 @@ def test_bounds_are_inclusive() -> None:
 def test_no_gradient_flows_through_advantages_or_weights() -> None:
     logits, targets, inputs = batch()
     z = logits.clone().requires_grad_()
-    output = make_token_loss(ObjectiveConfig(), CorrectionConfig())(
+    output = loss_of(ObjectiveConfig(), CorrectionConfig())(
         token_stats(z, targets, vocab_size=VOCAB_SIZE), inputs
     )
     assert not output.advantages_T.requires_grad and not output.weights_T.requires_grad
@@ -154,12 +179,9 @@ def test_any_split_into_micro_batches_gives_the_same_sums() -> None:
         parts.append(run(logits[rows], targets[rows], part))
     torch.testing.assert_close(sum(p.loss_sum for p, _ in parts), whole.loss_sum)
     torch.testing.assert_close(torch.cat([g for _, g in parts]), grad)
-    assert sum(int(p.token_count) for p, _ in parts) == int(whole.token_count)
-    for name, (total, weight) in whole.sums.items():
-        torch.testing.assert_close(sum(p.sums[name][0] for p, _ in parts), total)
-        torch.testing.assert_close(sum(p.sums[name][1] for p, _ in parts), weight)
-    for name, value in whole.maxes.items():
-        torch.testing.assert_close(max(p.maxes[name] for p, _ in parts), value)
+    for name in ("losses_T", "advantages_T", "weights_T", "outside_T"):
+        together = torch.cat([getattr(part, name) for part, _ in parts])
+        assert torch.equal(together, getattr(whole, name)), name
 
 
 def test_masked_positions_may_hold_anything() -> None:
@@ -173,8 +195,8 @@ def test_masked_positions_may_hold_anything() -> None:
         )
         output, dirty_grad = run(logits, targets, dirty)
         assert torch.equal(output.loss_sum, reference.loss_sum) and torch.equal(dirty_grad, grad)
-        for name, (total, _) in output.sums.items():
-            assert torch.equal(total, reference.sums[name][0]), name
+        for name in ("losses_T", "advantages_T", "weights_T", "outside_T"):
+            assert torch.equal(getattr(output, name), getattr(reference, name)), name
 
 
 def test_a_teacher_that_calls_the_token_impossible_gives_a_bounded_advantage() -> None:
@@ -182,7 +204,7 @@ def test_a_teacher_that_calls_the_token_impossible_gives_a_bounded_advantage() -
     teacher = torch.full_like(inputs.teacher_logprobs_T, -math.inf)
     output, grad = run(logits, targets, replace(inputs, teacher_logprobs_T=teacher))
     assert bool(torch.isfinite(grad).all())
-    assert float(output.maxes["train/advantage_abs_max"]) == 60.0
+    assert float(output.advantages_T.abs().max()) == 60.0
 
 
 @pytest.mark.parametrize("num_tokens", [0, 4])
@@ -195,12 +217,9 @@ def test_no_kept_token_is_an_ordinary_input(num_tokens: int) -> None:
         torch.zeros(num_tokens, dtype=torch.bool),
     )
     output, grad = run(logits[rows], targets[rows], empty)
-    assert float(output.loss_sum.detach()) == 0.0 and int(output.token_count) == 0
+    assert float(output.loss_sum.detach()) == 0.0
     assert not grad.any()
-    metrics = finish(
-        {n: (float(a), float(b)) for n, (a, b) in output.sums.items()},
-        {n: float(x) for n, x in output.maxes.items()},
-    )
+    metrics = metrics_of(logits[rows], targets[rows], empty, CorrectionConfig())
     assert metrics["train/kl_reverse"] == 0.0 and metrics["offpolicy/ppl_drift"] == 1.0
 
 
@@ -213,11 +232,7 @@ def test_a_float_mask_equals_the_bool_mask() -> None:
 
 def test_metrics_are_means_over_kept_tokens() -> None:
     logits, targets, inputs = batch()
-    output, _ = run(logits, targets, inputs)
-    metrics = finish(
-        {n: (float(a), float(b)) for n, (a, b) in output.sums.items()},
-        {n: float(x) for n, x in output.maxes.items()},
-    )
+    metrics = metrics_of(logits, targets, inputs, CorrectionConfig())
     kept = inputs.mask_T
     logp = logits.log_softmax(-1)
     student = logp.gather(1, targets[:, None])[:, 0]
@@ -225,6 +240,12 @@ def test_metrics_are_means_over_kept_tokens() -> None:
     ratio = drift.exp()
     wanted = {
         "train/kl_reverse": (student - inputs.teacher_logprobs_T)[kept].mean(),
+        "train/kl_forward": (
+            (inputs.teacher_logprobs_T - student).exp() * (inputs.teacher_logprobs_T - student - 1)
+            + 1
+        )[kept].mean(),
+        "train/tokens": kept.sum(),
+        "train/log_ratio_at/0-15": (student - inputs.teacher_logprobs_T)[kept].mean(),
         "train/entropy": -(logp.exp() * logp).sum(-1)[kept].mean(),
         "train/advantage_mean": (inputs.teacher_logprobs_T - student)[kept].mean(),
         "train/advantage_abs_max": (inputs.teacher_logprobs_T - student)[kept].abs().max(),
@@ -233,18 +254,19 @@ def test_metrics_are_means_over_kept_tokens() -> None:
         "offpolicy/masked_frac": ((ratio < 0.5) | (ratio > 2.0)).double().mean(),
         "offpolicy/ppl_drift": drift.mean().exp(),
     }
-    assert metrics == pytest.approx({n: float(x) for n, x in wanted.items()})
+    seen = {name: metrics[name] for name in wanted}
+    assert seen == pytest.approx({n: float(x) for n, x in wanted.items()})
 
 
 def test_each_correction_reports_what_its_bounds_did() -> None:
     logits, targets, inputs = batch()
     fractions = {}
     for kind in ("none", "masked", "truncated"):
-        sums = run(logits, targets, inputs, CorrectionConfig(kind=kind))[0].sums
+        metrics = metrics_of(logits, targets, inputs, CorrectionConfig(kind=kind))
         fractions[kind] = {
-            name.removeprefix("offpolicy/"): float(total)
-            for name, (total, _) in sums.items()
-            if name.endswith("ed_frac")
+            name.removeprefix("offpolicy/"): value
+            for name, value in metrics.items()
+            if name.startswith("offpolicy/") and name.endswith("ed_frac")
         }
     outside = fractions["masked"]["masked_frac"]
     assert outside > 0
@@ -274,7 +296,7 @@ def test_nan_let_through_makes_the_sum_nan() -> None:
     stats: TokenStats = token_stats(logits, targets, vocab_size=VOCAB_SIZE)
     teacher = inputs.teacher_logprobs_T.clone()
     teacher[int(inputs.mask_T.nonzero()[0])] = math.nan
-    loss = make_token_loss(ObjectiveConfig(), CorrectionConfig(), allow_nan=True)
+    loss = loss_of(ObjectiveConfig(), CorrectionConfig(), allow_nan=True)
     assert bool(loss(stats, replace(inputs, teacher_logprobs_T=teacher)).loss_sum.isnan())
 
 
@@ -284,4 +306,4 @@ def test_nan_let_through_makes_the_sum_nan() -> None:
 )
 def test_impossible_corrections_are_refused(correction: CorrectionConfig) -> None:
     with pytest.raises(ConfigError, match="correction"):
-        make_token_loss(ObjectiveConfig(), correction)
+        loss_of(ObjectiveConfig(), correction)

@@ -10,8 +10,8 @@ import torch
 from loss_rank_worker import probe_loss
 from torch.utils.checkpoint import checkpoint
 
-from opd_megatron.losses import token_stats as module
 from opd_megatron.losses.checks import LossInputError
+from opd_megatron.losses.fused import rows_torch
 from opd_megatron.losses.token_stats import TokenStats, token_stats
 
 
@@ -89,7 +89,7 @@ def test_the_block_size_changes_nothing(monkeypatch: pytest.MonkeyPatch, block: 
     logits, targets, support = example()
     grads = []
     for elements in (block, 1 << 22):
-        monkeypatch.setattr(module, "_BLOCK_ELEMENTS", {"cpu": elements})
+        monkeypatch.setattr(rows_torch, "BLOCK_ELEMENTS", {"cpu": elements})
         z = logits.clone().requires_grad_()
         probe_loss(token_stats(z, targets, support_ids_TJ=support, vocab_size=13)).backward()
         grads.append(z.grad)
@@ -174,6 +174,85 @@ def test_works_under_activation_recomputation() -> None:
         loss = checkpoint(loss_of, z, use_reentrant=False) if recompute else loss_of(z)
         loss.backward()
         grads.append(z.grad)
+    assert torch.equal(grads[0], grads[1])
+
+
+def test_in_place_gradient_is_the_same_and_lies_in_the_logits() -> None:
+    logits, targets, support = example()
+    grads: list[torch.Tensor] = []
+    for in_place in (False, True):
+        leaf = logits.clone().requires_grad_()
+        z = leaf.view_as(leaf)
+        stats = token_stats(
+            z, targets, support_ids_TJ=support, vocab_size=13, grad_in_place=in_place
+        )
+        probe_loss(stats).backward()
+        assert leaf.grad is not None
+        assert (leaf.grad.data_ptr() == leaf.data_ptr()) is in_place
+        grads.append(leaf.grad.clone())
+    assert torch.equal(grads[0], grads[1])
+
+
+def test_in_place_gradient_flows_on_to_what_made_the_logits() -> None:
+    generator = torch.Generator().manual_seed(4)
+    _, targets, support = example()
+    grads: list[torch.Tensor] = []
+    hidden = torch.randn(9, 5, generator=generator, dtype=torch.float64)
+    weight = torch.randn(16, 5, generator=generator, dtype=torch.float64)
+    for in_place in (False, True):
+        w = weight.clone().requires_grad_()
+        stats = token_stats(
+            hidden @ w.T, targets, support_ids_TJ=support, vocab_size=13, grad_in_place=in_place
+        )
+        probe_loss(stats).backward()
+        assert w.grad is not None
+        grads.append(w.grad)
+    assert torch.equal(grads[0], grads[1])
+
+
+def test_in_place_is_refused_for_a_leaf_and_for_shared_memory() -> None:
+    logits, targets, _ = example()
+    leaf = logits.clone().requires_grad_()
+    with pytest.raises(LossInputError, match=r"local_logits_TV: a leaf .* \[9, 16\]"):
+        token_stats(leaf, targets, vocab_size=13, grad_in_place=True)
+    with pytest.raises(LossInputError, match="local_logits_TV: an expanded tensor"):
+        token_stats(leaf[:1].expand(9, 16), targets, vocab_size=13, grad_in_place=True)
+    token_stats(logits, targets, vocab_size=13, grad_in_place=True)  # nothing to write: a forward
+
+
+def test_in_place_raises_where_the_logits_are_needed_later() -> None:
+    logits, targets, _ = example()
+    leaf = logits.clone().requires_grad_()
+    z = leaf * 1.0
+    needs_z = z.square().sum()  # saved z before, so its backward runs after
+    stats = token_stats(z, targets, vocab_size=13, grad_in_place=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (stats.entropy_T.sum() + needs_z).backward()
+    produced = leaf.tanh()  # tanh saves its output
+    stats = token_stats(produced, targets, vocab_size=13, grad_in_place=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        stats.entropy_T.sum().backward()
+
+
+def test_in_place_refuses_a_second_backward() -> None:
+    logits, targets, _ = example()
+    leaf = logits.clone().requires_grad_()
+    loss = token_stats(leaf * 1.0, targets, vocab_size=13, grad_in_place=True).entropy_T.sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_logits_with_another_user_get_the_sum_of_both_gradients() -> None:
+    logits, targets, _ = example()
+    grads: list[torch.Tensor] = []
+    for in_place in (False, True):
+        leaf = logits.clone().requires_grad_()
+        z = leaf * 1.0
+        stats = token_stats(z, targets, vocab_size=13, grad_in_place=in_place)
+        (stats.entropy_T.sum() + (3.0 * z).sum()).backward()
+        assert leaf.grad is not None
+        grads.append(leaf.grad)
     assert torch.equal(grads[0], grads[1])
 
 

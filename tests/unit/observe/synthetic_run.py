@@ -23,6 +23,22 @@ from opd_megatron.observe.writer import METRICS_JSONL, MetricsWriter
 
 EVAL_EVERY = 10
 START_S = 1_760_000_000.0
+INPUTS = {
+    "data.train": {
+        "file": "demo/train.jsonl",
+        "rows": 7091,
+        "used": 7088,
+        "rejected": {"broken_json": 2, "over_long": 1},
+        "examples": ["train.jsonl:7: broken_json: Expecting ',' delimiter"],
+    },
+    "data.heldout": {
+        "file": "demo/heldout.jsonl",
+        "rows": 256,
+        "used": 256,
+        "rejected": {},
+        "examples": [],
+    },
+}
 
 
 def step_metrics(step: int, steps: int, noise: random.Random) -> dict[str, float]:
@@ -50,6 +66,12 @@ def step_metrics(step: int, steps: int, noise: random.Random) -> dict[str, float
         "train/advantage_abs_max": 6 + abs(noise.gauss(0, 1.5)),
         "train/tokens": round(128 * length),
         "train/skipped": 0,
+        "train/log_ratio_at/0-15": kl * 1.1,
+        "train/log_ratio_at/16-63": kl * 0.7,
+        "train/support_student_mass": 0.97,
+        "train/support_teacher_mass": 0.99,
+        "train/support_overlap_frac": 0.9 - 0.3 * kl,
+        "train/special_masked_frac": 0.0,
         "offpolicy/age_mean": 0.0,
         "offpolicy/age_max": 0,
         "offpolicy/logprob_diff_mean": 4e-7 * math.exp(noise.gauss(0, 0.2)),
@@ -160,6 +182,7 @@ def write_run(
     run = {"overrides": [f"steps={steps}"], "recipe": dataclasses.asdict(recipe)}
     (folder / "run.yaml").write_text(yaml.safe_dump(run, sort_keys=False))
     (folder / "environment.json").write_text(json.dumps(describe_environment()))
+    (folder / "inputs.json").write_text(json.dumps(INPUTS))
     if last_step == steps:
         (folder / "summary.json").write_text(json.dumps(summary(steps)))
     return folder
@@ -178,8 +201,7 @@ def summary(steps: int) -> dict[str, object]:
         "truncated_frac_before": 0.008,
         "truncated_frac_after": 0.0,
         "seed": 0,
-        "ledger": {"issued": 2560, "trained": 2560, "rejected": {"too_long": 0}, "in_flight": 0},
-        "data": {"train": {"rows": 7088, "rejected": {"broken_json": 2, "too_long": 1}}},
+        "ledger": {"issued": 2560, "trained": 2560, "rejected": {}, "in_flight": 0},
     }
 
 

@@ -6,7 +6,7 @@ import io
 
 import pytest
 
-from opd_megatron.observe.console import RunConsole, demo_line, step_line
+from opd_megatron.observe.console import RunConsole, demo_line, evaluation_line, step_line
 from opd_megatron.observe.formats import encodable, human_count, human_duration, human_value
 
 ROW = {
@@ -64,15 +64,26 @@ def test_step_line_shows_the_step_in_one_line() -> None:
     )
 
 
-def test_step_line_shows_accuracy_and_a_skipped_update() -> None:
-    line = step_line({**ROW, "eval/heldout/accuracy": 0.732, "train/skipped": 1}, 400, None)
-    assert line == (
-        "step  12/400 loss 0.183 kl 0.071 keep 0.98 len 17.5 tok/s 2.1k acc 73.2% SKIPPED eta -"
-    )
+def test_step_line_shows_updates_that_were_not_applied() -> None:
+    line = step_line({**ROW, "train/skipped": 2}, 400, None)
+    assert line == "step  12/400 loss 0.183 kl 0.071 keep 0.98 len 17.5 tok/s 2.1k SKIPPED 2 eta -"
+    assert "SKIPPED" not in step_line({**ROW, "train/skipped": 0}, 400, None)
 
 
 def test_step_line_says_dash_for_what_was_not_measured() -> None:
-    assert step_line({"step": 0}, 80, None) == ("step  0/80 loss - kl - keep - len - tok/s - eta -")
+    assert step_line({"step": 1}, 80, None) == ("step  1/80 loss - kl - keep - len - tok/s - eta -")
+
+
+def test_step_zero_shows_its_evaluation_only_and_an_evaluated_step_both() -> None:
+    stream = io.StringIO()
+    console = RunConsole(80, stream)
+    measured = {"eval/heldout/accuracy": 0.3464, "eval/heldout/kl_reverse": 0.6271}
+    console.step({"step": 0, **measured, "eval/heldout/teacher_accuracy": 0.966})
+    console.step({**ROW, "eval/heldout/accuracy": 0.732})
+    before, step, after = stream.getvalue().splitlines()
+    assert before == "held-out before training: accuracy 34.6% kl 0.627 (teacher 96.6%)"
+    assert step.startswith("step 12/80 ") and after == "held-out after step 12: accuracy 73.2%"
+    assert evaluation_line(ROW) is None
 
 
 def test_eta_is_judged_by_recent_steps_and_counts_evaluation() -> None:

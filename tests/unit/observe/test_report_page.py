@@ -12,12 +12,19 @@ import pytest
 
 from opd_megatron.observe.coloring import ColoredRollout
 from opd_megatron.observe.panels import SECTIONS
-from opd_megatron.observe.report import choose_rollouts, recipe_difference, render_report
+from opd_megatron.observe.report import (
+    choose_rollouts,
+    counted,
+    is_finished,
+    recipe_difference,
+    render_report,
+)
 from opd_megatron.observe.run_files import load_run
 from opd_megatron.observe.stages import account_time
 
 WriteRun = Callable[..., Path]
 NUM_PANELS = sum(len(section.panels) for section in SECTIONS)
+NUM_OPTIONAL = sum(len(section.panels) for section in SECTIONS if section.optional)
 
 
 class Outline(html.parser.HTMLParser):
@@ -76,7 +83,8 @@ def test_every_picture_marks_the_restart(whole: Path) -> None:
 
 def test_the_data_account_and_the_recipe_are_shown(whole: Path) -> None:
     text = whole.read_text()
-    assert "train / rejected / broken json" in text and "rejected / too long" in text
+    assert "3: broken json 2, over long 1" in text
+    assert "train.jsonl:7: broken_json: Expecting" in text
     assert '<td class="key">teachers.main.path</td><td>demo/teacher</td>' in text
     assert "packages.megatron-core" in text and "run.yaml, everything resolved" in text
 
@@ -93,13 +101,42 @@ def test_a_run_that_died_at_step_three_has_a_page(tmp_path: Path, write_run: Wri
     assert "no restart" in text
 
 
+def test_a_finished_run_that_is_resumed_for_more_steps_is_not_finished(
+    tmp_path: Path, write_run: WriteRun
+) -> None:
+    folder = write_run(tmp_path / "run", steps=2, restart_at=None)
+    assert is_finished(load_run(folder))
+    run_yaml = folder / "run.yaml"
+    run_yaml.write_text(run_yaml.read_text().replace("steps: 2\n", "steps: 3\n"))
+    assert not is_finished(load_run(folder))
+    assert "not finished: step 2 of 3" in render_report(folder).read_text()
+
+
+def test_the_settings_of_training_and_evaluation_are_said(whole: Path) -> None:
+    text = whole.read_text()
+    assert "reverse_kl by policy_gradient, discount 0, masked importance weights" in text
+    assert "x 8 samples, temperature 1, at most 1024 new tokens, grader exact_match" in text
+    assert "exact over the vocabulary" in text
+
+
+def test_a_run_of_another_version_has_a_page(tmp_path: Path, write_run: WriteRun) -> None:
+    folder = write_run(tmp_path / "run", steps=2, restart_at=None)
+    text = (folder / "run.yaml").read_text()
+    (folder / "run.yaml").write_text(text.replace("estimator:", "how:"))
+    assert "finished, 2 steps" in render_report(folder).read_text()
+
+
 def test_an_empty_folder_has_a_page(tmp_path: Path) -> None:
     text = render_report(tmp_path).read_text()
     assert "no step recorded" in text and "<svg" not in text
-    assert text.count("not recorded") > NUM_PANELS
+    assert text.count("not recorded") > NUM_PANELS - NUM_OPTIONAL
+    assert "What is trained on?" not in text
 
 
-FILES = ["run.yaml", "summary.json", "environment.json", "metrics.jsonl", "rollouts.jsonl"]
+FILES = [
+    *("run.yaml", "inputs.json", "summary.json", "environment.json"),
+    *("metrics.jsonl", "rollouts.jsonl"),
+]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -111,7 +148,7 @@ def test_a_damaged_file_is_named_and_the_others_are_read(
     (folder / name).write_text(content + "\n", encoding="latin-1")
     run = load_run(folder)
     assert run.problems and all(f"{name} can not be read" in problem for problem in run.problems)
-    read = [run.recipe, run.summary, run.environment, run.rows, run.rollouts]
+    read = [run.recipe, run.inputs, run.summary, run.environment, run.rows, run.rollouts]
     assert [bool(found) for found in read] == [file != name for file in FILES]
 
 
@@ -168,3 +205,8 @@ def test_time_account_adds_up() -> None:
     assert account.outside_model_frac == pytest.approx(0.25) and account.evaluation_s == 5.0
     assert [time.stage.label for time in account.stages] == ["rollout", "learner"]
     assert account_time([{"step": 0}]) is None
+
+
+def test_counts_by_reason_are_words() -> None:
+    assert counted(3) == "3" and counted({}) == "0"
+    assert counted({"over_long": 2, "stale": 1}) == "3: over long 2, stale 1"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,20 @@ def test_the_configuration_reaches_the_arguments(device: str) -> None:
     }
     assert {name: option(command, name) for name in wanted} == wanted
     assert command.argv[1:3] == ("-m", "opd_megatron.serving.sglang_main")
+
+
+def test_without_a_cache_size_the_server_decides() -> None:
+    server = dataclasses.replace(CONFIG, max_total_tokens=0)
+    command = server_command(
+        server,
+        device="cuda",
+        model_path=Path("/models/student"),
+        port=31000,
+        keys_file=Path("/run/keys.json"),
+        seed=5,
+    )
+    assert "--max-total-tokens" not in command.argv
+    assert option(command, "--mem-fraction-static") == "0.25"
 
 
 def test_log_probs_follow_the_rollout_temperature_on_every_device() -> None:

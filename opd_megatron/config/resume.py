@@ -1,0 +1,63 @@
+"""What a run that goes on may change. Everything else would make it another run.
+
+A resumed attempt starts from the run's own run.yaml, not from the recipe file, which may have been edited since;
+overrides apply on top, and only to the keys below. The data and the vocabulary are compared by content when the
+commit is read (controller/main.py), not here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from opd_megatron.config.overrides import changed_leaves
+from opd_megatron.config.schema import Recipe
+from opd_megatron.errors import ConfigError
+
+# Nothing that changes what is learned: how long, on which layout, shown and checked how often.
+_MAY_CHANGE = (
+    "steps",
+    "learner.",
+    "controller.",
+    "observe.",
+    "checkpoint.",
+    "preflight.",
+    "evaluation.every",
+    "weight_sync.",
+    "summary",
+    "student.path",
+    "data.train",
+    "data.heldout",
+    "batch.tokens_per_microbatch",
+    "optimizer.decay_steps",  # the learner compares the whole curve
+    "rollout.server.",
+)
+
+
+def may_change(keys: Iterable[str]) -> set[str]:
+    """The keys among `keys` that a resumed attempt may change."""
+    return {
+        key
+        for key in keys
+        if key.startswith(_MAY_CHANGE) or (key.startswith("teachers.") and ".server." in key)
+    }
+
+
+def refuse_other_run(started: Recipe, resumed: Recipe) -> None:
+    """
+    Args:
+        started: the recipe in the run's run.yaml.
+        resumed: the same with the overrides of the resumed attempt.
+
+    Raises:
+        ConfigError: an override changes a key that may not change; one line a key.
+    """
+    changed = changed_leaves(started, resumed)
+    refused = [key for key in changed if key not in may_change(changed)]
+    if refused:
+        raise ConfigError(
+            "\n".join(
+                f"{key}={changed[key][1]!r}: this run was started with {changed[key][0]!r}, and --resume "
+                f"may not change what is learned; leave it out, or start a new run directory"
+                for key in refused
+            )
+        )

@@ -1,0 +1,53 @@
+"""The GPUs of this machine as `nvidia-smi` lists them, so that `opd validate` needs no torch.
+
+A login node has none: there nothing is checked, and each learner rank checks its own device before it loads weights.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+
+from opd_megatron.config.schema import Recipe
+from opd_megatron.errors import ConfigError
+from opd_megatron.megatron.precision import Gpu, check_gpu
+
+_QUERY = ("--query-gpu=name,compute_cap", "--format=csv,noheader")
+_TIMEOUT_S = 20
+
+
+def parse_gpus(listing: str) -> list[Gpu]:
+    """One GPU per line `NAME, MAJOR.MINOR`; the CUDA version is torch's to say."""
+    gpus: list[Gpu] = []
+    for line in listing.splitlines():
+        name, _, capability = line.rpartition(",")
+        major, dot, minor = capability.strip().partition(".")
+        if dot and major.isdigit() and minor.isdigit():
+            gpus.append(Gpu(name.strip(), (int(major), int(minor)), None))
+    return gpus
+
+
+def visible_gpus() -> list[Gpu]:
+    """GPUs of this machine; none without a driver."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    found = subprocess.run(
+        [program, *_QUERY], capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
+    )
+    return parse_gpus(found.stdout) if found.returncode == 0 else []
+
+
+def check_precision(recipe: Recipe, gpus: list[Gpu]) -> None:
+    """Refuse a precision that a GPU of this machine can not run.
+
+    Raises:
+        ConfigError: every reason of the first such GPU.
+    """
+    if recipe.device != "cuda":
+        return
+    for number, gpu in enumerate(gpus):
+        try:
+            check_gpu(recipe.learner, gpu)
+        except ConfigError as error:
+            raise ConfigError(f"{error} (GPU {number} of this machine)") from None

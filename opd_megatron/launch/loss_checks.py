@@ -1,0 +1,76 @@
+"""Whether the loss of a recipe is what it says and can be fed: checked before anything starts. Imports no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from opd_megatron.config.schema import Recipe
+from opd_megatron.data.rows import RowScan
+from opd_megatron.errors import ConfigError, DataError
+from opd_megatron.eval.grading import make_grader
+from opd_megatron.losses.catalog import Objective
+from opd_megatron.losses.combinations import check_served, check_settings
+from opd_megatron.losses.settings import LossSettings
+from opd_megatron.teacher.aliases import resolve_aliases
+
+
+def check_loss(recipe: Recipe) -> Objective:
+    """The row of the catalog that a recipe's objective is.
+
+    Raises:
+        ConfigError: a combination that can not be computed, or that is biased without permission.
+    """
+    settings = LossSettings.of(recipe)
+    row = check_settings(settings)
+    check_served(settings)
+    learner = recipe.learner
+    if settings.student_topk and learner.loss_mode in ("chunked", "recompute"):
+        raise ConfigError.of(
+            "learner.loss_mode",
+            learner.loss_mode,
+            f"keeps no logits, and objective.support={recipe.objective.support} needs the student's top-K of them",
+            "set learner.loss_mode=in_place",
+        )
+    if learner.loss_backend == "triton" and recipe.device == "cpu":
+        raise ConfigError.of(
+            "learner.loss_backend",
+            "triton",
+            "runs on CUDA, and device=cpu",
+            "set learner.loss_backend=auto",
+        )
+    if recipe.rollout.temperature != 1.0 and not recipe.objective.allow_biased:
+        raise ConfigError.of(
+            "rollout.temperature",
+            recipe.rollout.temperature,
+            "the student's log-probs in the loss are at this temperature, a served teacher's at 1: the student would "
+            "learn to be the teacher only when sampled at this temperature",
+            "set rollout.temperature=1.0, or objective.allow_biased=true if that is what you want",
+        )
+    return row
+
+
+def check_aliases(recipe: Recipe) -> None:
+    """
+    Raises:
+        ConfigError: an alias names a token that the tokenizer does not have.
+    """
+    for name, teacher in recipe.teachers.items():
+        resolve_aliases(teacher.aliases, Path(recipe.student.path), name)
+
+
+def check_task(recipe: Recipe, train: RowScan) -> None:
+    """
+    Raises:
+        ConfigError: no such grader.
+        DataError: a task term, and a training prompt without an answer to grade.
+    """
+    if recipe.task.coefficient == 0.0:
+        return
+    make_grader(recipe.task.grader, "task.grader")
+    for row in train.rows:
+        if row.answer is None:
+            raise DataError(
+                f"data.train={str(train.path)!r}: {row.source} has no {recipe.data.answer_key!r}, and "
+                f"task.coefficient={recipe.task.coefficient:g} grades every response; add it, set "
+                f"data.answer_key, or set task.coefficient=0"
+            )

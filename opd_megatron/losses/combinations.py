@@ -1,0 +1,176 @@
+"""Which settings of a loss go together: what can not be computed, and what is not what it says.
+
+`check_settings` is called by `opd validate`, before anything starts, and by the learner. Whatever
+makes the expected gradient another one than the declared target's is refused with the reason,
+unless the recipe says `objective.allow_biased`. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+from opd_megatron.errors import ConfigError
+from opd_megatron.losses.catalog import Objective, find_objective
+from opd_megatron.losses.settings import SERVED_SUPPORTS, LossSettings
+
+
+def _parameters(settings: LossSettings) -> Iterator[ConfigError]:
+    objective, correction, tokens = settings.objective, settings.correction, settings.filter
+    for section, config in vars(settings).items():
+        for field in dataclasses.fields(config) if dataclasses.is_dataclass(config) else ():
+            value, choices = getattr(config, field.name), field.metadata.get("choices")
+            if choices and value not in choices:
+                yield ConfigError.of(
+                    f"{section}.{field.name}",
+                    value,
+                    "no such choice",
+                    f"use one of: {', '.join(choices)}",
+                )
+    if objective.divergence == "jsd" and not 0.0 < objective.jsd_teacher_weight < 1.0:
+        yield ConfigError.of(
+            "objective.jsd_teacher_weight",
+            objective.jsd_teacher_weight,
+            "must lie strictly between 0 and 1, where the divergence is zero",
+            "use forward_kl or reverse_kl for the limits",
+        )
+    if objective.divergence in ("alpha", "tsallis") and (
+        not 0.0 < objective.alpha <= 2.0 or objective.alpha == 1.0
+    ):
+        yield ConfigError.of(
+            "objective.alpha",
+            objective.alpha,
+            "must lie in (0, 2] and not be 1",
+            "use forward_kl for 0 and reverse_kl for 1",
+        )
+    for key, value in (
+        ("objective.entropy_bonus", objective.entropy_bonus),
+        ("objective.coefficient", objective.coefficient),
+        ("task.coefficient", settings.task.coefficient),
+    ):
+        if value < 0.0:
+            yield ConfigError.of(key, value, "must be >= 0", "use 0 for none")
+    if objective.coefficient == 0.0 and settings.task.coefficient == 0.0:
+        yield ConfigError.of(
+            "objective.coefficient", 0.0, "nothing is left to learn from", "raise it above 0"
+        )
+    if not 0.0 <= correction.low <= correction.high:
+        yield ConfigError.of(
+            "correction.low",
+            correction.low,
+            f"must lie in [0, correction.high={correction.high}]",
+            "order the bounds",
+        )
+    if tokens.score != "none" and not 0.0 <= tokens.low < tokens.high <= 100.0:
+        yield ConfigError.of(
+            "filter.low",
+            tokens.low,
+            f"must be below filter.high={tokens.high}, both percentiles in [0, 100]",
+            "e.g. filter.low=70 filter.high=100",
+        )
+    if not 0.0 <= objective.discount <= 1.0:
+        yield ConfigError.of(
+            "objective.discount", objective.discount, "must lie in [0, 1]", "fix it"
+        )
+
+
+def _together(settings: LossSettings) -> Iterator[ConfigError]:
+    objective = settings.objective
+    if objective.discount > 0.0 and objective.estimator != "policy_gradient":
+        yield ConfigError.of(
+            "objective.discount",
+            objective.discount,
+            f"later tokens can be charged to a sampled one only, not with {objective.estimator}",
+            "set it to 0, or objective.estimator=policy_gradient",
+        )
+    if settings.whitening.scope != "none" and settings.whitening.of == "task":
+        if settings.task.coefficient == 0.0:
+            yield ConfigError.of(
+                "whitening.scope",
+                settings.whitening.scope,
+                "there is no task term to whiten (task.coefficient=0)",
+                "set whitening.scope=none",
+            )
+        if settings.whitening.scope == "sample":
+            yield ConfigError.of(
+                "whitening.scope",
+                "sample",
+                "a response has one reward, so whitening it within itself leaves nothing",
+                "use group or batch",
+            )
+
+
+def _biased(settings: LossSettings, row: Objective) -> Iterator[ConfigError]:
+    objective = settings.objective
+    allow = "set objective.allow_biased=true to do it all the same"
+    if not row.proven:
+        yield ConfigError.of(
+            "objective.estimator",
+            objective.estimator,
+            f"with divergence {objective.divergence} it descends {row.descends} ({row.why_biased})",
+            f"use another one of `opd objectives`, or {allow}",
+        )
+    correction = settings.correction
+    if correction.kind != "none" and correction.level == "geometric_mean":
+        yield ConfigError.of(
+            "correction.level",
+            "geometric_mean",
+            "the mean ratio of a response is no importance weight of its tokens",
+            f"use token or sequence, or {allow}",
+        )
+    if objective.discount > 0.0 and correction.kind != "none" and correction.level == "token":
+        yield ConfigError.of(
+            "correction.level",
+            "token",
+            f"with objective.discount={objective.discount} the cost of later tokens needs the ratio of the "
+            "whole response",
+            f"use correction.level=sequence or correction.kind=none, or {allow}",
+        )
+    if settings.whitening.scope != "none" and settings.whitening.of != "task":
+        yield ConfigError.of(
+            "whitening.of",
+            settings.whitening.of,
+            "takes away the mean of the distillation term, the divergence that is to go down",
+            f"use whitening.of=task, or {allow}",
+        )
+    if settings.filter.score == "kl" and not settings.has_support:
+        yield ConfigError.of(
+            "filter.score",
+            "kl",
+            "chooses by the very token whose gradient is averaged, which tilts the average",
+            f"use student_entropy or teacher_entropy, support_matching, or {allow}",
+        )
+
+
+def check_settings(settings: LossSettings) -> Objective:
+    """Refuse what can not be computed, and what is biased unless the recipe allows it.
+
+    Returns:
+        The row of the catalog.
+
+    Raises:
+        ConfigError: see above; the first violation.
+    """
+    row = find_objective(settings.objective)
+    for error in (*_parameters(settings), *_together(settings)):
+        raise error
+    if not settings.objective.allow_biased:
+        for error in _biased(settings, row):
+            raise error
+    return row
+
+
+def check_served(settings: LossSettings) -> None:
+    """Refuse a support whose tokens a served teacher does not score.
+
+    Raises:
+        ConfigError: the support needs the teacher's log-probs at the student's choice of tokens.
+    """
+    objective = settings.objective
+    if settings.has_support and objective.support not in SERVED_SUPPORTS:
+        raise ConfigError.of(
+            "objective.support",
+            objective.support,
+            "holds tokens that a served teacher does not score: it sends its own top-K and the sampled token",
+            f"use one of: {', '.join(SERVED_SUPPORTS)}",
+        )

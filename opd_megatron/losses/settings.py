@@ -1,0 +1,76 @@
+"""The sections of a recipe that decide the loss, together. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from opd_megatron.config.schema import (
+    CorrectionConfig,
+    FilterConfig,
+    ObjectiveConfig,
+    Recipe,
+    TaskConfig,
+    WhiteningConfig,
+)
+
+SUPPORT_ESTIMATORS = ("support_matching", "topk_surrogate")
+# Supports whose ids are all among what a served teacher sends: its own top-K and the sampled token.
+SERVED_SUPPORTS = ("teacher_topk", "teacher_topk_plus_sampled", "intersection")
+# Supports that need the student's K most likely tokens.
+STUDENT_SUPPORTS = ("student_topk", "union", "intersection", "symmetric_difference")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossSettings:
+    """What the loss is. The defaults are the recipe's: sampled-token reverse KL with IcePop."""
+
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    whitening: WhiteningConfig = field(default_factory=WhiteningConfig)
+    filter: FilterConfig = field(default_factory=FilterConfig)
+    correction: CorrectionConfig = field(default_factory=CorrectionConfig)
+    updates_per_step: int = 1
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> LossSettings:
+        return cls(
+            objective=recipe.objective,
+            task=recipe.task,
+            whitening=recipe.whitening,
+            filter=recipe.filter,
+            correction=recipe.correction,
+            updates_per_step=recipe.batch.updates_per_step,
+        )
+
+    @property
+    def has_support(self) -> bool:
+        """The loss looks at a set of tokens at every position."""
+        return self.objective.estimator in SUPPORT_ESTIMATORS
+
+    @property
+    def teacher_topk(self) -> int:
+        """K that a served teacher must send; 0 when only the sampled token is needed."""
+        needs = self.has_support or self.filter.score == "teacher_entropy"
+        return self.objective.topk if needs else 0
+
+    @property
+    def student_topk(self) -> int:
+        """K of the student that the learner must find; 0 when it need not."""
+        uses = self.objective.support in STUDENT_SUPPORTS or self.objective.report_overlap
+        needs = self.has_support and uses
+        return self.objective.topk if needs else 0
+
+    @property
+    def needs_scores(self) -> bool:
+        """The plan of a batch needs the student's log-probs of all of it before the first backward.
+
+        So it is for everything that couples tokens (filters, whitening, a discount, ratios of whole
+        responses) and for a second update, which is clipped against the first one's policy.
+        """
+        return (
+            self.filter.score in ("kl", "student_entropy")
+            or self.objective.discount > 0.0
+            or (self.whitening.scope != "none" and self.whitening.of != "task")
+            or (self.correction.kind != "none" and self.correction.level != "token")
+            or self.updates_per_step > 1
+        )

@@ -1,0 +1,176 @@
+"""From the last stage's hidden states to token statistics: which of the fused modes runs.
+
+    stored      Megatron's output layer makes the logits; the gradient is a second tensor of their size
+    in_place    the same; the gradient overwrites the logits
+    chunked     no logits are stored: chunks of hidden states through the output weight, gradients made
+                in the forward; three matrix products, as above
+    recompute   no logits are stored; backward makes them again, four matrix products
+
+In the last two the output layer hands its input through, and the weight's gradient goes straight into
+Megatron's float32 buffer. Every loss here is token-local once the batch is planned, so `chunked` is
+exact for all of them; what needs the logits themselves (the student's own top-K) is refused.
+
+Shape suffixes: T tokens of this rank's micro-batch, S the same under sequence parallel (T / tp), H
+hidden, V vocabulary, J support ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+
+from opd_megatron.config.schema import LearnerConfig
+from opd_megatron.losses.fused.chunked import chunked_loss
+from opd_megatron.losses.fused.recompute import recompute_token_stats
+from opd_megatron.losses.fused.rows import Backend
+from opd_megatron.losses.token_stats import TokenStats, token_stats
+from opd_megatron.losses.vocab_topk import vocab_topk
+from opd_megatron.megatron.parallel import Groups
+
+Extra = TypeVar("Extra")
+HIDDEN_MODES = ("chunked", "recompute")
+
+
+@dataclass
+class OutputHead:
+    """Of one learner rank; used on the last pipeline stage only.
+
+    Attributes:
+        mode, backend: see the module docstring and `losses.fused.rows`.
+        weight: [V / tp, H] of the last micro-batch, set by the output layer in the hidden modes.
+    """
+
+    mode: str
+    backend: Backend
+    vocab_size: int
+    groups: Groups
+    sequence_parallel: bool
+    weight: torch.Tensor | None = None
+
+    def attach(self, module: GPTModel) -> None:
+        """Let the output layer of a hidden mode hand its input through."""
+        if self.mode not in HIDDEN_MODES or not module.post_process:
+            return
+        layer: Any = module.output_layer
+
+        def hand_through(
+            hidden: torch.Tensor, weight: torch.Tensor | None = None, **_: Any
+        ) -> tuple[torch.Tensor, None]:
+            # Tied embeddings come as an argument, an output weight of its own lies in the layer.
+            self.weight = layer.weight if weight is None else weight
+            return hidden, None
+
+        layer.forward = hand_through
+
+    def loss(
+        self,
+        output: torch.Tensor,
+        target_ids_T: torch.Tensor,
+        support_ids_TJ: torch.Tensor | None,
+        temperature: float,
+        token_loss: Callable[[TokenStats, slice], tuple[torch.Tensor, Extra]],
+    ) -> tuple[torch.Tensor, list[Extra]]:
+        """The sum of a token-local loss and its second results, in order of rows.
+
+        Args:
+            output: what the model returned, [1, T, V / tp] or [1, S, H].
+            token_loss: (statistics of some rows, which rows) -> (their sum, anything).
+        """
+        if self.mode == "chunked" and torch.is_grad_enabled():
+            hidden_TH, weight = self._hidden(output)
+            return chunked_loss(
+                hidden_TH,
+                weight,
+                target_ids_T,
+                token_loss,
+                support_ids_TJ=support_ids_TJ,
+                vocab_size=self.vocab_size,
+                temperature=temperature,
+                group=self.groups.tp_or_none,
+                allow_nan=True,
+                backend=self.backend,
+                weight_main_grad=_main_grad(weight),
+                reduce_hidden_grad=not self.sequence_parallel,
+            )
+        stats = self.stats(output, target_ids_T, support_ids_TJ, temperature)
+        loss_sum, extra = token_loss(stats, slice(0, len(target_ids_T)))
+        return loss_sum, [extra]
+
+    def stats(
+        self,
+        output: torch.Tensor,
+        target_ids_T: torch.Tensor,
+        support_ids_TJ: torch.Tensor | None,
+        temperature: float,
+    ) -> TokenStats:
+        """Statistics of all rows, differentiable by the output."""
+        if self.mode not in HIDDEN_MODES:
+            return token_stats(
+                # A view: the backward of indexing would allocate the logits a second time.
+                output.squeeze(0),
+                target_ids_T,
+                support_ids_TJ=support_ids_TJ,
+                vocab_size=self.vocab_size,
+                temperature=temperature,
+                group=self.groups.tp_or_none,
+                allow_nan=True,
+                backend=self.backend,
+                grad_in_place=self.mode == "in_place" and output.requires_grad,
+            )
+        hidden_TH, weight = self._hidden(output)
+        return recompute_token_stats(
+            hidden_TH,
+            weight,
+            target_ids_T,
+            support_ids_TJ=support_ids_TJ,
+            vocab_size=self.vocab_size,
+            temperature=temperature,
+            group=self.groups.tp_or_none,
+            allow_nan=True,
+            backend=self.backend,
+            weight_main_grad=_main_grad(weight) if torch.is_grad_enabled() else None,
+            reduce_hidden_grad=not self.sequence_parallel,
+        )
+
+    def student_topk(self, output: torch.Tensor, k: int) -> torch.Tensor:
+        """[T, k] ids of the student's most likely tokens; the modes with logits only."""
+        assert self.mode not in HIDDEN_MODES, "rules.py refuses this combination"
+        return vocab_topk(
+            output.squeeze(0), k, vocab_size=self.vocab_size, group=self.groups.tp_or_none
+        )
+
+    def _hidden(self, output_1SH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self.weight is not None, "the output layer ran before"
+        hidden_SH = output_1SH.squeeze(0)
+        if not self.sequence_parallel:
+            return hidden_SH, self.weight
+        # Its backward is a reduce-scatter: each rank's gradient is a part of the sum.
+        hidden_TH = gather_from_sequence_parallel_region(
+            hidden_SH, tensor_parallel_output_grad=True, group=self.groups.tp
+        )
+        return hidden_TH, self.weight
+
+
+def _main_grad(weight: torch.Tensor) -> torch.Tensor:
+    """Megatron's float32 gradient of a weight, which its data-parallel reduction reads."""
+    return weight.main_grad  # type: ignore[attr-defined, no-any-return]
+
+
+def make_output_head(
+    learner: LearnerConfig, vocab_size: int, groups: Groups, modules: list[GPTModel]
+) -> OutputHead:
+    """The head of a recipe, attached to the last chunk of this stage."""
+    head = OutputHead(
+        mode=learner.loss_mode,
+        backend=learner.loss_backend,  # type: ignore[arg-type]
+        vocab_size=vocab_size,
+        groups=groups,
+        sequence_parallel=learner.sequence_parallel,
+    )
+    head.attach(modules[-1])
+    return head

@@ -1,0 +1,128 @@
+"""Which layouts, batches and objectives the learner is compared in. Imports no torch.
+
+Every case is run with every objective. The batches: uneven documents with an empty response, then one sample alone, so
+that all data-parallel ranks but one have no token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from opd_megatron.config.schema import ObjectiveConfig
+
+VOCAB = 259  # odd, so that padded columns and an uneven last shard exist
+TOPK = 8
+LENGTHS = [
+    [(3, 9), (5, 1), (2, 20), (7, 0), (1, 14), (4, 4), (9, 17), (2, 2), (6, 11), (3, 0)],
+    [(4, 12)],
+]
+
+# One line per objective, and how many of the teacher's tokens its batches carry; its reference is the function of that
+# name in megatron_reference.py.
+OBJECTIVES = {
+    "sampled_token": (ObjectiveConfig(), 0),
+    "topk_support": (ObjectiveConfig(estimator="support_matching", topk=TOPK), TOPK),
+    "full_vocabulary": (
+        ObjectiveConfig(estimator="support_matching", topk=VOCAB, measure="renormalized"),
+        VOCAB,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout of the learner and of the batch.
+
+    `document_multiple`: every document is filled up to a multiple of this, a padded batch rather than a packed one.
+    `alignment`: of the tokens of a rank, as FP8 kernels want it.
+    """
+
+    learner: dict[str, Any] = field(default_factory=dict[str, Any])
+    tied: bool = False
+    tokens_per_microbatch: int = 64
+    document_multiple: int = 1
+    alignment: int = 1
+
+
+def _case(
+    *, tied: bool = False, tokens: int = 64, padded: int = 1, aligned: int = 1, **keys: Any
+) -> Case:
+    names = {
+        "tp": "tensor_parallel",
+        "pp": "pipeline_parallel",
+        "vpp": "virtual_pipeline",
+        "cp": "context_parallel",
+        "sp": "sequence_parallel",
+        "do": "distributed_optimizer",
+    }
+    learner = {names.get(key, key): value for key, value in keys.items()}
+    return Case(learner, tied, tokens, padded, aligned)
+
+
+CASES = {
+    2: {
+        "dp2": _case(),
+        "dp2_tied_one_micro_batch": _case(tied=True, tokens=256),
+        "dp2_distributed_optimizer": _case(do=True),
+        "dp2_padded_tied": _case(tied=True, padded=32),
+        "tp2": _case(tp=2),
+        "tp2_tied_distributed_optimizer": _case(tp=2, do=True, tied=True),
+        "tp2_sp": _case(tp=2, sp=True),
+        "tp2_sp_recompute_tied": _case(tp=2, sp=True, recompute=True, tied=True),
+        "tp2_sp_padded_aligned": _case(tp=2, sp=True, padded=16, aligned=16),
+        "pp2": _case(pp=2),
+        "pp2_recompute_tied": _case(pp=2, recompute=True, tied=True),
+        "pp2_interleaved": _case(pp=2, vpp=2),
+        "pp2_interleaved_tied": _case(pp=2, vpp=2, tied=True),
+        "pp2_interleaved_recompute_padded": _case(pp=2, vpp=2, recompute=True, padded=32),
+        "cp2": _case(cp=2),
+        "cp2_tied_distributed_optimizer": _case(cp=2, do=True, tied=True),
+        "cp2_padded_recompute": _case(cp=2, padded=32, recompute=True),
+        # The modes of the loss; every other case has the gradient written over the logits.
+        "dp2_stored_logits": _case(loss_mode="stored"),
+        "dp2_chunked_loss_tied": _case(loss_mode="chunked", tied=True),
+        "tp2_chunked_loss": _case(tp=2, loss_mode="chunked"),
+        "tp2_sp_chunked_loss_tied": _case(tp=2, sp=True, loss_mode="chunked", tied=True),
+        "tp2_sp_recomputed_logits": _case(tp=2, sp=True, loss_mode="recompute"),
+        "pp2_recomputed_logits_tied": _case(pp=2, loss_mode="recompute", tied=True),
+        "pp2_interleaved_chunked_loss": _case(pp=2, vpp=2, loss_mode="chunked"),
+    },
+    4: {
+        "dp4_tied": _case(tied=True),
+        "dp4_distributed_optimizer": _case(do=True),
+        "tp2_dp2_sp_distributed_optimizer": _case(tp=2, sp=True, do=True),
+        "tp2_pp2_tied": _case(tp=2, pp=2, tied=True),
+        "tp2_pp2_sp": _case(tp=2, pp=2, sp=True),
+        "tp2_pp2_sp_interleaved_tied": _case(tp=2, pp=2, vpp=2, sp=True, tied=True),
+        "tp2_cp2_sp": _case(tp=2, cp=2, sp=True),
+        "tp2_cp2_tied_padded": _case(tp=2, cp=2, tied=True, padded=16),
+        "pp2_cp2": _case(pp=2, cp=2),
+        "pp2_cp2_interleaved_recompute": _case(pp=2, vpp=2, cp=2, recompute=True),
+        "pp2_dp2_tied_distributed_optimizer": _case(pp=2, do=True, tied=True),
+        "pp2_dp2_interleaved_distributed_optimizer": _case(pp=2, vpp=2, do=True),
+        "cp2_dp2_distributed_optimizer": _case(cp=2, do=True),
+        "cp4_tied": _case(cp=4, tied=True),
+        "pp4": _case(pp=4),
+    },
+}
+
+# Saved in the first, loaded in the second; the third says whether bits must be equal.
+MOVES = {
+    "tp2-to-tp2": (CASES[2]["tp2"], CASES[2]["tp2"]),
+    "dp2_do-to-dp2_do": (_case(do=True), _case(do=True)),
+    "pp2_interleaved-to-itself": (_case(pp=2, vpp=2), _case(pp=2, vpp=2)),
+    "tp2-to-pp2": (_case(tp=2), _case(pp=2)),
+    "pp2-to-dp2": (_case(pp=2), _case()),
+    "dp2_do-to-tp2_do": (_case(do=True), _case(tp=2, do=True)),
+    "tp2_sp-to-pp2_interleaved": (_case(tp=2, sp=True), _case(pp=2, vpp=2)),
+    "pp2_interleaved-to-cp2": (_case(pp=2, vpp=2), _case(cp=2)),
+}
+BITWISE_MOVES = [name for name, (first, second) in MOVES.items() if first == second]
+BROKEN = {
+    "dp2": _case(),
+    "dp2_distributed_optimizer": _case(do=True),
+    "tp2": _case(tp=2),
+    "pp2": _case(pp=2),
+    "pp2_interleaved": _case(pp=2, vpp=2),
+}

@@ -1,0 +1,115 @@
+"""What the Megatron workers share: recipes and states of tiny students, one step, copies of weights and gradients."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron_cases import OBJECTIVES, Case
+from megatron_reference import CORRECTION, OPTIMIZER
+
+from opd_megatron.config.schema import BatchConfig, LearnerConfig, Recipe, StudentConfig
+from opd_megatron.exchange.batch_file import read_batch, read_index, read_whole
+from opd_megatron.megatron import cpu_shim, hf, parallel
+from opd_megatron.megatron.state import LearnerState, build_state
+from opd_megatron.megatron.step import StepResult, train
+
+WORLD_TIMEOUT_S = 120.0
+
+
+@dataclass(frozen=True)
+class FilledLayout(parallel.Layout):
+    """A layout whose documents are filled up to a multiple: a padded batch."""
+
+    fill: int = 1
+
+    @property
+    def document_multiple(self) -> int:
+        return math.lcm(self.fill, super().document_multiple)
+
+
+def recipe_for(
+    model: Path, case: Case, objective: str = "sampled_token", precision: str = "fp32"
+) -> Recipe:
+    """A recipe for a tiny student; data parallel fills the world."""
+    used = 1
+    for key in ("tensor_parallel", "pipeline_parallel", "context_parallel"):
+        used *= case.learner.get(key, 1)
+    return Recipe(
+        device="cpu",
+        student=StudentConfig(path=str(model)),
+        objective=OBJECTIVES[objective][0],
+        optimizer=OPTIMIZER,
+        correction=CORRECTION,
+        batch=BatchConfig(tokens_per_microbatch=case.tokens_per_microbatch),
+        learner=LearnerConfig(
+            precision=precision, data_parallel=dist.get_world_size() // used, **case.learner
+        ),
+    )
+
+
+def new_state(recipe: Recipe, case: Case | None = None) -> LearnerState:
+    """Groups and model of a layout, replacing those of the previous case."""
+    layout = parallel.layout_of(recipe.learner)
+    parallel.start_model_parallel(layout, recipe.seed, WORLD_TIMEOUT_S)
+    state = build_state(recipe)
+    if case is not None:
+        settings = dataclasses.asdict(layout) | {"alignment": case.alignment}
+        state.layout = FilledLayout(**settings, fill=case.document_multiple)
+    return state
+
+
+def step_on(state: LearnerState, batch: Path) -> StepResult:
+    """One training step on a batch file."""
+    return train(
+        state,
+        read_index(batch),
+        lambda samples: read_batch(batch, samples),
+        read_whole(batch, with_topk=True),
+    )
+
+
+def gather_gradient_shards(state: LearnerState) -> None:
+    """The distributed optimizer reduces each gradient to one rank's shard: make the buffers whole."""
+    for model in state.models:
+        for group in model.bucket_groups:
+            ranks = group.intra_distributed_optimizer_instance_group
+            for bucket in group.buckets:
+                shard = bucket.grad_data.chunk(ranks.size())[ranks.rank()].clone()
+                dist.all_gather_into_tensor(bucket.grad_data, shard, group=ranks)
+
+
+def snapshot(state: LearnerState, value: str = "weight") -> dict[str, torch.Tensor]:
+    """Copies of all weights or reduced gradients on rank 0 (a stream may alias live buffers)."""
+    if value == "gradient" and state.recipe.learner.distributed_optimizer:
+        gather_gradient_shards(state)
+    streamed = hf.stream(state.modules, state.arch, state.groups, value)
+    return {name: tensor.clone() for name, tensor in streamed}
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest difference over the largest entry of the reference."""
+    return float((a.double() - b.double()).abs().max() / b.double().abs().max())
+
+
+def run_worker(what: dict[str, Callable[[Path], dict[str, Any]]]) -> None:
+    """Join the world, do what the command line names, write WORK/<name>.json on rank 0."""
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    cpu_shim.install()
+    work, name = Path(sys.argv[1]), sys.argv[2]
+    parallel.start_process_group("cpu", WORLD_TIMEOUT_S)
+    results = what[name](work)
+    if dist.get_rank() == 0:
+        (work / f"{name}.json").write_text(json.dumps(results, indent=1))
+    dist.barrier()
+    dist.destroy_process_group()
