@@ -63,7 +63,7 @@ def describe(device: str) -> dict[str, str | int | float]:
         "cpu": _cpu_name(),
         "cores": num_cores(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "kernel": platform.release(),
+        "kernel": ".".join(platform.release().split(".")[:2]),
         "python": platform.python_version(),
         "load_average_at_start": round(os.getloadavg()[0], 2),
     }
