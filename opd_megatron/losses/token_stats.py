@@ -37,7 +37,8 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from opd_megatron.losses.checks import LossInputError
-from opd_megatron.losses.fused.rows import Backend, RowFunctions, RowGradient, row_functions
+from opd_megatron.losses.fused.row_gradient import RowGradient
+from opd_megatron.losses.fused.rows import Backend, RowFunctions, row_functions
 from opd_megatron.losses.fused.shard import (
     Merged,
     Shard,

@@ -33,12 +33,8 @@ from torch.autograd.function import once_differentiable
 
 from opd_megatron.losses.checks import LossInputError
 from opd_megatron.losses.fused.head import Head, check_head, chunk_rows, sum_over_ranks
-from opd_megatron.losses.fused.rows import (
-    Backend,
-    RowGradient,
-    row_functions,
-    statistics_dtype,
-)
+from opd_megatron.losses.fused.row_gradient import RowGradient, statistics_dtype
+from opd_megatron.losses.fused.rows import Backend, row_functions
 from opd_megatron.losses.fused.shard import (
     Merged,
     check_finite,

@@ -34,12 +34,8 @@ from torch.autograd.function import once_differentiable
 from opd_megatron.losses.checks import LOGIT_DTYPES, LossInputError, check_dtype, check_shape
 from opd_megatron.losses.divergences import Divergence
 from opd_megatron.losses.fused.dense_rows import DenseGradient, DensePair, DenseRows
-from opd_megatron.losses.fused.rows import (
-    Backend,
-    RowFunctions,
-    RowGradient,
-    row_functions,
-)
+from opd_megatron.losses.fused.row_gradient import RowGradient
+from opd_megatron.losses.fused.rows import Backend, RowFunctions, row_functions
 from opd_megatron.losses.fused.shard import (
     Merged,
     Moments,

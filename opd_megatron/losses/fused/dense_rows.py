@@ -22,10 +22,10 @@ import torch
 from opd_megatron.losses.corrections import MAX_LOG_RATIO
 from opd_megatron.losses.divergences import Divergence, Terms
 from opd_megatron.losses.fused.compiling import run_compiled
-from opd_megatron.losses.fused.rows import RowGradient
+from opd_megatron.losses.fused.row_gradient import LOG_FLOOR, RowGradient
 from opd_megatron.losses.fused.rows_compiled import BLOCK_ELEMENTS as COMPILED
 from opd_megatron.losses.fused.rows_torch import BLOCK_ELEMENTS as EAGER
-from opd_megatron.losses.fused.rows_torch import LOG_FLOOR, row_blocks
+from opd_megatron.losses.fused.rows_torch import row_blocks
 from opd_megatron.losses.fused.support_gradient import write_support_gradient
 
 

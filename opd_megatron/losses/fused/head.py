@@ -22,7 +22,8 @@ import torch
 import torch.distributed as dist
 
 from opd_megatron.losses.checks import LOGIT_DTYPES, LossInputError, check_dtype, check_shape
-from opd_megatron.losses.fused.rows import RowFunctions, RowGradient, statistics_dtype
+from opd_megatron.losses.fused.row_gradient import RowGradient, statistics_dtype
+from opd_megatron.losses.fused.rows import RowFunctions
 from opd_megatron.losses.fused.shard import Moments, Shard
 
 # Bytes of one chunk's logits. CUDA: at V / tp = 151,936 in bfloat16 about 880 rows, 3,500 at tp = 4.

@@ -24,12 +24,8 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from opd_megatron.losses.fused.head import Head, check_head, chunk_rows, sum_over_ranks
-from opd_megatron.losses.fused.rows import (
-    Backend,
-    RowFunctions,
-    RowGradient,
-    row_functions,
-)
+from opd_megatron.losses.fused.row_gradient import RowGradient
+from opd_megatron.losses.fused.rows import Backend, RowFunctions, row_functions
 from opd_megatron.losses.fused.shard import (
     Merged,
     Moments,

@@ -25,44 +25,11 @@ from typing import Literal
 import torch
 
 from opd_megatron.errors import ConfigError
+from opd_megatron.losses.fused.row_gradient import RowGradient
 from opd_megatron.losses.fused.shard import Moments
 
 Backend = Literal["auto", "torch", "compiled", "triton"]
 BACKENDS: tuple[Backend, ...] = ("auto", "torch", "compiled", "triton")
-
-
-@dataclass(frozen=True)
-class RowGradient:
-    """What the gradient of a row needs beside its logits; all [T] or [T, J], statistics dtype.
-
-    Attributes:
-        log_z_T, entropy_T: of the whole row.
-        dense_T: A = g_Z - sum_j g_j.
-        grad_entropy_T: g_H.
-        local_ids_TJ: int64 columns, -1 where another rank owns the id.
-        logprobs_TJ: at those ids.
-        grad_logprobs_TJ: g_j.
-    """
-
-    log_z_T: torch.Tensor
-    entropy_T: torch.Tensor
-    dense_T: torch.Tensor
-    grad_entropy_T: torch.Tensor
-    local_ids_TJ: torch.Tensor
-    logprobs_TJ: torch.Tensor
-    grad_logprobs_TJ: torch.Tensor
-
-    def rows(self, rows: slice) -> RowGradient:
-        """The same for some of the rows."""
-        return RowGradient(
-            self.log_z_T[rows],
-            self.entropy_T[rows],
-            self.dense_T[rows],
-            self.grad_entropy_T[rows],
-            self.local_ids_TJ[rows],
-            self.logprobs_TJ[rows],
-            self.grad_logprobs_TJ[rows],
-        )
 
 
 @dataclass(frozen=True)
@@ -78,11 +45,6 @@ class RowFunctions:
     name: Backend
     moments: Callable[[torch.Tensor, torch.Tensor, float], Moments]
     gradient: Callable[[torch.Tensor, torch.Tensor, RowGradient, float], None]
-
-
-def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float32, or float64 for float64 logits."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def row_functions(backend: Backend, device: torch.device, dtype: torch.dtype) -> RowFunctions:

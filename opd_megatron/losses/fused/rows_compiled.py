@@ -13,8 +13,8 @@ import math
 import torch
 
 from opd_megatron.losses.fused.compiling import run_compiled
-from opd_megatron.losses.fused.rows import RowGradient, statistics_dtype
-from opd_megatron.losses.fused.rows_torch import LOG_FLOOR, pick, row_blocks
+from opd_megatron.losses.fused.row_gradient import LOG_FLOOR, RowGradient, statistics_dtype
+from opd_megatron.losses.fused.rows_torch import pick, row_blocks
 from opd_megatron.losses.fused.shard import Moments
 from opd_megatron.losses.fused.support_gradient import support_gradient, write_support_gradient
 

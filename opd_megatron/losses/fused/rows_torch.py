@@ -10,15 +10,12 @@ from collections.abc import Iterator
 
 import torch
 
-from opd_megatron.losses.fused.rows import RowGradient, statistics_dtype
+from opd_megatron.losses.fused.row_gradient import LOG_FLOOR, RowGradient, statistics_dtype
 from opd_megatron.losses.fused.shard import Moments
 
 # Rows are worked on in blocks of about this many logits. On a CPU, 4 MiB of float32 stays near the
 # caches and small next to the logits; a GPU needs more work a launch.
 BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 24}
-# exp underflows to exactly 0 below -104 (float32) and -746 (float64), so a log-prob clamped here
-# never changes a product p * log p, but 0 * -inf can no longer happen.
-LOG_FLOOR = -1000.0
 
 
 def row_blocks(

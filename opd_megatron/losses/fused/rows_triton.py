@@ -30,7 +30,7 @@ import torch
 import triton
 import triton.language as tl
 
-from opd_megatron.losses.fused.rows import RowGradient
+from opd_megatron.losses.fused.row_gradient import RowGradient
 from opd_megatron.losses.fused.shard import Moments
 
 # Columns a program handles at once and warps it does it with; 16 elements a thread leave room in

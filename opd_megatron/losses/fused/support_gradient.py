@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import torch
 
-from opd_megatron.losses.fused.rows import RowGradient
-from opd_megatron.losses.fused.rows_torch import LOG_FLOOR
+from opd_megatron.losses.fused.row_gradient import LOG_FLOOR, RowGradient
 
 
 def summed_over_duplicates(ids_TJ: torch.Tensor, values_TJ: torch.Tensor) -> torch.Tensor:
