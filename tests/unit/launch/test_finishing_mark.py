@@ -140,6 +140,18 @@ def test_signals_end_everything_and_repeated_ones_do_no_harm(
     assert [p for p in psutil.process_iter() if of_attempt(p, identity)] == []
 
 
+def test_a_signal_ignored_from_the_start_stays_ignored(tmp_path: Path) -> None:
+    """`nohup opd run` must outlive its terminal."""
+    code = (
+        "import os, signal, sys; from opd_megatron.launch.supervisor import Supervisor\n"
+        f"with Supervisor({uuid.uuid4().hex!r}): os.kill(os.getpid(), signal.SIGHUP); print('on', flush=True)"
+    )
+    nohup = "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN); os.execv(sys.executable, sys.argv[1:])"
+    command = [sys.executable, "-c", nohup, sys.executable, "-c", code]
+    seen = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (seen.returncode, seen.stdout) == (0, "on\n"), seen.stderr
+
+
 def of_attempt(process: psutil.Process, identity: str) -> bool:
     try:
         return process.environ().get(ATTEMPT_VARIABLE) == identity
