@@ -146,8 +146,8 @@ def test_a_signal_ignored_from_the_start_stays_ignored(tmp_path: Path) -> None:
         "import os, signal, sys; from opd_megatron.launch.supervisor import Supervisor\n"
         f"with Supervisor({uuid.uuid4().hex!r}): os.kill(os.getpid(), signal.SIGHUP); print('on', flush=True)"
     )
-    nohup = "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN); os.execv(sys.executable, sys.argv[1:])"
-    command = [sys.executable, "-c", nohup, sys.executable, "-c", code]
+    nohup = ["bash", "-c", 'trap "" HUP; exec "$@"', "nohup"]
+    command = [*nohup, sys.executable, "-c", code]
     seen = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (seen.returncode, seen.stdout) == (0, "on\n"), seen.stderr
 
