@@ -30,6 +30,18 @@ _MIN_REPEATS = 3
 _PATIENCE = 5
 
 
+class HandedOver(torch.autograd.Function):
+    """The same memory as the output of an operation, as a model hands its logits over."""
+
+    @staticmethod
+    def forward(ctx: Any, leaf: torch.Tensor) -> torch.Tensor:
+        return leaf.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grads[0]
+
+
 @dataclass(frozen=True)
 class Step:
     """One method at one K: its tensors and the call on them."""
@@ -48,7 +60,7 @@ class Step:
         if self.method.family in (catalog.LOGITS, catalog.DENSE_LOGITS):
             if x.logits_TV is None:
                 raise ValueError("logits_TV: None seen, this family starts at logits")
-            logits_TV = x.logits_TV.view_as(x.logits_TV)
+            logits_TV = HandedOver.apply(x.logits_TV)
             if self.method.family == catalog.LOGITS:
                 return (logits_TV,), (logits_TV,)
             if x.teacher_logits_TV is None:

@@ -5,9 +5,9 @@ micro-batches, data- or context-parallel ranks can change it: which tokens train
 the filter), importance weights and advantages that couple tokens, the task term, whitening, and
 what each token's loss is scaled with. The result is cut into micro-batches like any recorded array.
 
-Order, where several apply: mask -> filter (percentiles over what the mask left) -> ratios and
-costs of whole responses over the kept tokens -> distillation advantage -> whitening -> sum with the
-task's -> normalization over the kept tokens.
+Order, where several apply: mask -> filter (percentiles over what the mask left) -> ratios of whole
+responses over all their tokens, costs over the kept ones -> distillation advantage -> whitening ->
+sum with the task's -> normalization over the kept tokens.
 
 Shape suffixes: N response tokens of the batch in batch order, B responses.
 """
@@ -115,7 +115,7 @@ def make_plan(
     if settings.task.coefficient > 0.0:
         task_N = _task(settings, arrays, kept, metrics)
     if scores is not None:
-        weights_N, outside_N = _weights(settings, arrays, scores, kept)
+        weights_N, outside_N = _weights(settings, arrays, scores)
         advantages_N = _credit(settings, arrays, scores, kept, task_N, metrics)
         task_N = None
     per_token_N, divisor = token_weights(kept, settings.objective.normalization)
@@ -161,14 +161,15 @@ def _filter_scores(name: str, arrays: BatchArrays, scores: StudentScores | None)
 
 
 def _weights(
-    settings: LossSettings, arrays: BatchArrays, scores: StudentScores, kept: Sequences
+    settings: LossSettings, arrays: BatchArrays, scores: StudentScores
 ) -> tuple[torch.Tensor, torch.Tensor]:
     log_ratio_N = scores.logprobs_N - arrays.behavior_logprobs_N
-    log_ratio_N = torch.where(kept.kept_T, log_ratio_N, torch.zeros_like(log_ratio_N))
     level = settings.correction.level
     if level != "token":
+        # Over every token of the response, trained on or not: it was drawn with all of them.
+        responses = Sequences(arrays.response_ids_N, arrays.num_responses)
         log_ratio_N = sequence_log_ratios(
-            log_ratio_N.double(), kept, per_token=level == "geometric_mean"
+            log_ratio_N.double(), responses, per_token=level == "geometric_mean"
         ).to(log_ratio_N.dtype)
     return bounded_weights(log_ratio_N, settings.correction)
 
@@ -185,9 +186,9 @@ def _distillation(
     log_r = torch.where(kept.kept_T, log_r, torch.zeros_like(log_r))
     advantages_N = ESTIMATORS.get(objective.estimator)(divergence)(log_r)
     if objective.discount > 0.0:
-        costs_N = -value_as_advantage(divergence)(log_r)
+        costs_N = -value_as_advantage(divergence)(log_r.double())
         advantages_N = discounted_advantages(
-            advantages_N.double(), costs_N.double(), kept, objective.discount
+            advantages_N.double(), costs_N, kept, objective.discount
         ).to(log_r.dtype)
     return torch.where(kept.kept_T, advantages_N, torch.zeros_like(advantages_N))
 

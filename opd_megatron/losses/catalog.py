@@ -60,6 +60,11 @@ _TARGETS = {
     "chi2": ("sum (pi - q)^2 / q", "Pearson"),
     "total_variation": ("sum |pi - q| / 2", "f-DISTILL 2307.15190"),
 }
+# Summed over a part of the vocabulary it is this form that is meant; over all of it nothing changes.
+_LOCAL_TARGETS = {
+    "alpha": "sum (pi^a q^(1-a) - a pi - (1-a) q) / (a (a-1))",
+    "tsallis": "sum (pi^a q^(1-a) - a pi - (1-a) q) / (a - 1)",
+}
 _SCHULMAN = "Schulman 2020, Approximating KL divergence"
 _VALUE = "a value estimate in place of a derivative"
 # What the estimators that exist for the reverse KL only descend, and why that is not KL(pi || q).
@@ -110,15 +115,17 @@ def _rows() -> tuple[Objective, ...]:
         rows.append(Objective("reverse_kl", estimator, "", "", target, descends, why, _SCHULMAN))
     for divergence, (formula, source) in _TARGETS.items():
         for measure, words in _MEASURES.items():
-            target = f"{formula}, {words}"
-            sloped = measure == "raw" and divergence in _SLOPED
-            why = (
-                "over a part of the vocabulary it is least elsewhere than at pi = q"
-                if sloped
-                else ""
-            )
+            if measure in ("raw", "generalized"):
+                formula = _LOCAL_TARGETS.get(divergence, formula)
+            target = descends = f"{formula}, {words}"
+            why = ""
+            if measure == "raw" and divergence in _SLOPED:
+                target = f"{formula}, {_MEASURES['generalized']}"
+                why = "over a part of the vocabulary it is least elsewhere than at pi = q"
             rows.append(
-                Objective(divergence, "support_matching", measure, "", target, target, why, source)
+                Objective(
+                    divergence, "support_matching", measure, "", target, descends, why, source
+                )
             )
     for (measure, weights), (descends, why) in _SURROGATES.items():
         target = "KL(pi_S || q_S)" if measure == "renormalized" else "sum_S pi log(pi/q) - pi + q"

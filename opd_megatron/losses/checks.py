@@ -33,6 +33,16 @@ def check_dtype(name: str, tensor: torch.Tensor, wanted: tuple[torch.dtype, ...]
         )
 
 
+def check_device(name: str, tensor: torch.Tensor, wanted: torch.device) -> None:
+    """Raise unless the tensor lies where the tensor lies that it is used with.
+
+    Raises:
+        LossInputError: another device.
+    """
+    if tensor.device != wanted:
+        raise LossInputError(f"{name}: device {tensor.device} seen, {wanted} wanted")
+
+
 def check_shape(name: str, tensor: torch.Tensor, wanted: tuple[int | str, ...]) -> None:
     """Raise unless the shape fits: an int must match exactly, a str names a free size.
 

@@ -54,6 +54,17 @@ def _parameters(settings: LossSettings) -> Iterator[ConfigError]:
         yield ConfigError.of(
             "objective.coefficient", 0.0, "nothing is left to learn from", "raise it above 0"
         )
+    if settings.updates_per_step < 1:
+        yield ConfigError.of(
+            "batch.updates_per_step", settings.updates_per_step, "must be >= 1", "use 1"
+        )
+    if not 0.0 <= objective.clip_low < 1.0 or objective.clip_high < 0.0:
+        yield ConfigError.of(
+            "objective.clip_low, objective.clip_high",
+            (objective.clip_low, objective.clip_high),
+            "must satisfy 0 <= clip_low < 1 and clip_high >= 0: bounds around a ratio of 1",
+            "e.g. 0.2 and 0.2",
+        )
     if not 0.0 <= correction.low <= correction.high:
         yield ConfigError.of(
             "correction.low",
@@ -118,13 +129,24 @@ def _biased(settings: LossSettings, row: Objective) -> Iterator[ConfigError]:
             "the mean ratio of a response is no importance weight of its tokens",
             f"use token or sequence, or {allow}",
         )
-    if objective.discount > 0.0 and correction.kind != "none" and correction.level == "token":
+    for key, value, what in (
+        ("objective.discount", objective.discount, "the cost of later tokens"),
+        ("task.coefficient", settings.task.coefficient, "the reward of a response"),
+    ):
+        if value > 0.0 and correction.kind != "none" and correction.level == "token":
+            yield ConfigError.of(
+                "correction.level",
+                "token",
+                f"with {key}={value} {what} needs the ratio of the whole response",
+                f"use correction.level=sequence or correction.kind=none, or {allow}",
+            )
+    if objective.normalization == "sequence_mean" and not settings.has_support:
         yield ConfigError.of(
-            "correction.level",
-            "token",
-            f"with objective.discount={objective.discount} the cost of later tokens needs the ratio of the "
-            "whole response",
-            f"use correction.level=sequence or correction.kind=none, or {allow}",
+            "objective.normalization",
+            "sequence_mean",
+            "divides by a length that the sampled token itself decides (an end token shortens it), which tilts "
+            "the average",
+            f"use token_mean or support_matching, or {allow}",
         )
     if settings.whitening.scope != "none" and settings.whitening.of != "task":
         yield ConfigError.of(

@@ -43,7 +43,13 @@ def value_as_advantage(divergence: Divergence) -> Advantage:
     """A = -f(r) / r, which averages to -D_f under the student but has another gradient."""
     if divergence.name == "reverse_kl":
         return lambda log_r: -log_r
-    return lambda log_r: -divergence.f(log_r) * (-log_r).exp()
+
+    def advantage(log_r: torch.Tensor) -> torch.Tensor:
+        # f reaches e^120 at the bound of the log-ratio, beyond float32; f / r does not.
+        wide = log_r.double()
+        return (-divergence.f(wide) * (-wide).exp()).to(log_r.dtype)
+
+    return advantage
 
 
 @ESTIMATORS.register("k2_as_advantage")

@@ -27,7 +27,13 @@ from typing import Any, Protocol, cast
 
 import torch
 
-from opd_megatron.losses.checks import LOGPROB_DTYPES, check_dtype, check_no_nan, check_shape
+from opd_megatron.losses.checks import (
+    LOGPROB_DTYPES,
+    LossInputError,
+    check_dtype,
+    check_no_nan,
+    check_shape,
+)
 from opd_megatron.losses.clipping import clipped_losses
 from opd_megatron.losses.combinations import check_settings
 from opd_megatron.losses.corrections import MAX_LOG_RATIO, importance_weights
@@ -132,6 +138,10 @@ def _check_inputs(stats: TokenStats, inputs: TokenInputs, allow_nan: bool) -> No
             check_no_nan(name, tensor)
     check_dtype("mask_T", inputs.mask_T, (torch.bool, *LOGPROB_DTYPES))
     check_shape("mask_T", inputs.mask_T, (num_tokens,))
+    for field in dataclasses.fields(inputs.planned) if inputs.planned is not None else ():
+        planned_T = getattr(inputs.planned, field.name)
+        if planned_T is not None:
+            check_shape(f"planned.{field.name}", planned_T, (num_tokens,))
 
 
 def log_ratios(student_T: torch.Tensor, teacher_T: torch.Tensor) -> torch.Tensor:
@@ -233,9 +243,12 @@ class _TokenLoss:
     def _support_terms(
         self, stats: TokenStats, inputs: TokenInputs, kept_T: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        assert stats.support_logprobs_TJ is not None and inputs.support is not None, (
-            "a support estimator needs the student and the teacher at the support"
-        )
+        if stats.support_logprobs_TJ is None or inputs.support is None:
+            missing = "stats.support_logprobs_TJ" if inputs.support else "inputs.support"
+            raise LossInputError(
+                f"{missing}: None seen, the {'student' if inputs.support else 'teacher'} at the support "
+                f"wanted, for objective.estimator={self.settings.objective.estimator}"
+            )
         objective = self.settings.objective
         student_TJ, teacher_TJ = stats.support_logprobs_TJ, inputs.support.teacher_logprobs_TJ
         valid_TJ = inputs.support.valid_TJ & kept_T[:, None]

@@ -43,6 +43,7 @@ from opd_megatron.losses.fused.shard import (
     Merged,
     Shard,
     check_finite,
+    check_has_mass,
     check_logits,
     check_temperature,
     make_shard,
@@ -79,23 +80,32 @@ def check_overwritable(name: str, logits_TV: torch.Tensor) -> None:
     """Raise unless a gradient may be written over the logits in backward.
 
     Raises:
-        LossInputError: a leaf that needs a gradient (a parameter would lose its values), or
-            elements that share memory.
+        LossInputError: a leaf that needs a gradient, or a view of one (a parameter would lose its
+            values), or elements that share memory.
     """
     if not logits_TV.requires_grad:
         return
-    if logits_TV.is_leaf:
+    base = logits_TV if logits_TV.is_leaf else logits_TV._base  # pyright: ignore[reportPrivateUsage]
+    if base is not None and base.is_leaf and base.requires_grad:
         raise LossInputError(
-            f"{name}: a leaf tensor of shape {list(logits_TV.shape)} that requires a gradient "
-            "seen, the output of an operation wanted for grad_in_place, because backward "
+            f"{name}: a leaf tensor of shape {list(base.shape)} that requires a gradient, or a view "
+            "of it, seen, the output of an operation wanted for grad_in_place, because backward "
             "overwrites it; set grad_in_place=False"
         )
-    if 0 in logits_TV.stride() and logits_TV.numel() > 1:
+    if _overlaps(logits_TV):
         raise LossInputError(
-            f"{name}: an expanded tensor (strides {list(logits_TV.stride())}, shape "
+            f"{name}: elements that share memory (strides {list(logits_TV.stride())}, shape "
             f"{list(logits_TV.shape)}) seen, one with memory for every element wanted for "
             "grad_in_place; set grad_in_place=False"
         )
+
+
+def _overlaps(matrix: torch.Tensor) -> bool:
+    """Whether two elements of a matrix may lie at the same address."""
+    (fine, columns), (coarse, _) = sorted(zip(matrix.stride(), matrix.shape, strict=True))
+    if matrix.numel() < 2:
+        return False
+    return (fine == 0 and columns > 1) or coarse < fine * (columns - 1) + 1
 
 
 def gradient_buffer(logits_TV: torch.Tensor, num_real: int, in_place: bool) -> torch.Tensor:
@@ -131,6 +141,8 @@ class _TokenStats(torch.autograd.Function):
         if not allow_nan:
             check_finite("local_logits_TV", moments, local_logits_TV.shape)
         merged = merge(moments, local_ids_TJ >= 0, shard)
+        if not allow_nan:
+            check_has_mass("local_logits_TV", merged, local_logits_TV.shape)
         outputs = (merged.log_z_T, merged.entropy_T, merged.logprobs_TJ)
         ctx.save_for_backward(local_logits_TV, local_ids_TJ, *outputs)
         ctx.num_real, ctx.scale, ctx.functions = shard.num_real, 1.0 / temperature, functions
@@ -202,7 +214,9 @@ def token_stats(
     """
     check_logits("local_logits_TV", local_logits_TV)
     num_tokens, local_size = local_logits_TV.shape
-    ids_TJ = wanted_ids(num_tokens, target_ids_T, support_ids_TJ, vocab_size)
+    ids_TJ = wanted_ids(
+        num_tokens, target_ids_T, support_ids_TJ, vocab_size, local_logits_TV.device
+    )
     check_temperature("temperature", temperature)
     shard = make_shard("local_logits_TV", local_logits_TV.shape, local_size, vocab_size, group)
     if grad_in_place:

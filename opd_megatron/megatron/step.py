@@ -107,7 +107,8 @@ def train(
     start = time.perf_counter()
     bad = _first_bad({"behavior log-prob": arrays.behavior_logprobs_N}, index) or _first_bad(
         # A teacher may call a token impossible (-inf): the loss bounds the log-ratio.
-        {"teacher log-prob": arrays.teacher_logprobs_N.clamp_min(-1e30)},
+        {"teacher log-prob": arrays.teacher_logprobs_N.clamp_min(-1e30)}
+        | ({} if arrays.teacher_entropy_N is None else {"teacher top-K": arrays.teacher_entropy_N}),
         index,
     )
     if bad is not None:
@@ -115,6 +116,9 @@ def train(
     scores = None
     if settings.needs_scores:
         values = score(state, index, read, state.recipe.rollout.temperature)
+        bad = _first_bad(values, index)
+        if bad is not None:
+            return StepResult(0, bad, {}, _timings(start, start, time.perf_counter()), {})
         scores = StudentScores(values["student_logprobs"], values["student_entropy"])
     plan = make_plan(settings, arrays, scores)
     if plan.num_kept == 0:

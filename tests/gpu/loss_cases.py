@@ -4,10 +4,23 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from opd_megatron.losses.token_stats import TokenStats
+
+
+class HandedOver(torch.autograd.Function):
+    """The same memory as the output of an operation, as a model hands its logits over."""
+
+    @staticmethod
+    def forward(ctx: Any, leaf: torch.Tensor) -> torch.Tensor:
+        return leaf.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grads[0]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from loss_cases import Case, assert_same_gradient, assert_same_outputs, probe_loss
+from loss_cases import Case, HandedOver, assert_same_gradient, assert_same_outputs, probe_loss
 
 from opd_megatron.config.schema import ObjectiveConfig
 from opd_megatron.losses.divergences import DIVERGENCES, make_divergence
@@ -99,7 +99,7 @@ def test_dense_mode_equals_float64(backend: Any, name: str, cuda_device: torch.d
     (wanted.divergence_T.sum() + probe_loss(wanted.student)).backward()
     leaf = logits.clone().requires_grad_()
     seen = dense_stats(
-        leaf.view_as(leaf),
+        HandedOver.apply(leaf),
         teacher,
         targets,
         divergence,

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from loss_cases import Case, assert_same_gradient, assert_same_outputs, probe_loss
+from loss_cases import Case, HandedOver, assert_same_gradient, assert_same_outputs, probe_loss
 
 from opd_megatron.errors import ConfigError
 from opd_megatron.losses.checks import LossInputError
@@ -51,7 +51,7 @@ def test_values_and_gradients_equal_float64(
     probe_loss(wanted).backward()
     leaf = logits.clone().requires_grad_()
     seen = token_stats(
-        leaf.view_as(leaf) if in_place else leaf,
+        HandedOver.apply(leaf) if in_place else leaf,
         targets,
         support_ids_TJ=support,
         vocab_size=case.vocab_size,
@@ -134,7 +134,7 @@ def test_offsets_beyond_31_bits_are_reached(cuda_device: torch.device) -> None:
     logits = torch.zeros(num_tokens, num_columns, dtype=BF16, device=device).requires_grad_()
     targets = torch.zeros(num_tokens, dtype=torch.long, device=device)
     stats = token_stats(
-        logits.view_as(logits),
+        HandedOver.apply(logits),
         targets,
         vocab_size=num_columns,
         backend="triton",

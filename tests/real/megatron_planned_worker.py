@@ -32,7 +32,7 @@ from opd_megatron.types import Sample
 # Sections of the recipe; each couples tokens of different responses, micro-batches and ranks.
 PLANNED: dict[str, dict[str, Any]] = {
     "entropy filter, sequence mean": {
-        "objective": ObjectiveConfig(normalization="sequence_mean"),
+        "objective": ObjectiveConfig(normalization="sequence_mean", allow_biased=True),
         "filter": FilterConfig(score="student_entropy", low=30, high=90),
     },
     "teacher entropy filter on a support": {
@@ -46,6 +46,7 @@ PLANNED: dict[str, dict[str, Any]] = {
     "task in groups, two clipped updates": {
         "objective": ObjectiveConfig(coefficient=0.3, entropy_bonus=0.01, clip_low=0.001),
         "task": TaskConfig(coefficient=1.0),
+        "correction": CorrectionConfig(kind="truncated", level="sequence", low=0.5, high=2.0),
         "whitening": WhiteningConfig(scope="group"),
         "updates_per_step": 2,
     },

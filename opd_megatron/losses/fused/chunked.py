@@ -38,6 +38,7 @@ from opd_megatron.losses.fused.rows import Backend, row_functions
 from opd_megatron.losses.fused.shard import (
     Merged,
     check_finite,
+    check_has_mass,
     check_temperature,
     make_shard,
     merge,
@@ -76,10 +77,11 @@ def _loss_and_gradient(
         stats = stats_of(Merged(*leaves), work.has_support)
         loss, extra = work.chunk_loss(stats, rows)
         work.extras.append(extra)
-        if loss.shape != ():
+        if not isinstance(loss, torch.Tensor) or loss.shape != ():  # pyright: ignore[reportUnnecessaryIsInstance]
+            seen = f"shape {list(loss.shape)}" if isinstance(loss, torch.Tensor) else repr(loss)  # pyright: ignore[reportUnnecessaryIsInstance]
             raise LossInputError(
-                f"chunk_loss: shape {list(loss.shape)} returned for rows {rows.start} to "
-                f"{rows.stop}, [] (their sum) wanted"
+                f"chunk_loss: {seen} returned for rows {rows.start} to {rows.stop}, a tensor of "
+                "shape [] (their sum) wanted"
             )
         if not loss.requires_grad:
             return loss, None
@@ -116,6 +118,8 @@ class _ChunkedLoss(torch.autograd.Function):
             if not work.allow_nan:
                 check_finite("logits of hidden_TH", moments, logits_CV.shape)
             merged = merge(moments, local_ids_CJ >= 0, head.shard)
+            if not work.allow_nan:
+                check_has_mass("logits of hidden_TH", merged, logits_CV.shape)
             loss, row = _loss_and_gradient(work, merged, rows)
             loss_sum += loss
             if wanted and row is not None:
@@ -205,7 +209,9 @@ def chunked_loss(
         ConfigError: a backend that is unknown or can not run here.
     """
     check_head(hidden_TH, local_weight_VH, weight_main_grad, allow_nan)
-    ids_TJ = wanted_ids(hidden_TH.shape[0], target_ids_T, support_ids_TJ, vocab_size)
+    ids_TJ = wanted_ids(
+        hidden_TH.shape[0], target_ids_T, support_ids_TJ, vocab_size, hidden_TH.device
+    )
     check_temperature("temperature", temperature)
     local_size = local_weight_VH.shape[0]
     shard = make_shard("local_weight_VH", local_weight_VH.shape, local_size, vocab_size, group)

@@ -31,7 +31,13 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from opd_megatron.losses.checks import LOGIT_DTYPES, LossInputError, check_dtype, check_shape
+from opd_megatron.losses.checks import (
+    LOGIT_DTYPES,
+    LossInputError,
+    check_device,
+    check_dtype,
+    check_shape,
+)
 from opd_megatron.losses.divergences import Divergence
 from opd_megatron.losses.fused.dense_rows import DenseGradient, DensePair, DenseRows
 from opd_megatron.losses.fused.row_gradient import RowGradient
@@ -42,6 +48,7 @@ from opd_megatron.losses.fused.shard import (
     Shard,
     all_reduce,
     check_finite,
+    check_has_mass,
     check_logits,
     check_temperature,
     completed,
@@ -118,6 +125,9 @@ class _DenseStats(torch.autograd.Function):
             check_finite("local_logits_TV", moments[0], student_TV.shape)
             check_finite("teacher_local_logits_TV", moments[1], teacher_TV.shape)
         student, teacher = _merge_both(moments[0], moments[1], local_ids_TJ >= 0, shard)
+        if not settings.allow_nan:
+            check_has_mass("local_logits_TV", student, student_TV.shape)
+            check_has_mass("teacher_local_logits_TV", teacher, teacher_TV.shape)
         pair = DensePair(
             student_TV[:, real], teacher_TV[:, real], *scales, student.log_z_T, teacher.log_z_T
         )
@@ -203,6 +213,7 @@ def dense_stats(
     """
     check_logits("local_logits_TV", local_logits_TV)
     num_tokens, local_size = local_logits_TV.shape
+    check_device("teacher_local_logits_TV", teacher_local_logits_TV, local_logits_TV.device)
     check_dtype("teacher_local_logits_TV", teacher_local_logits_TV, LOGIT_DTYPES)
     check_shape("teacher_local_logits_TV", teacher_local_logits_TV, (num_tokens, local_size))
     dtypes = (local_logits_TV.dtype, teacher_local_logits_TV.dtype)
@@ -211,7 +222,9 @@ def dense_stats(
             f"teacher_local_logits_TV: dtype {dtypes[1]} seen with {dtypes[0]} of the student, "
             "float64 wanted for both or for none"
         )
-    ids_TJ = wanted_ids(num_tokens, target_ids_T, support_ids_TJ, vocab_size)
+    ids_TJ = wanted_ids(
+        num_tokens, target_ids_T, support_ids_TJ, vocab_size, local_logits_TV.device
+    )
     check_temperature("temperature", temperature)
     check_temperature("teacher_temperature", teacher_temperature)
     shard = make_shard("local_logits_TV", local_logits_TV.shape, local_size, vocab_size, group)

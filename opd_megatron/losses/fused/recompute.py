@@ -31,6 +31,7 @@ from opd_megatron.losses.fused.shard import (
     Moments,
     Shard,
     check_finite,
+    check_has_mass,
     check_temperature,
     make_shard,
     merge,
@@ -91,6 +92,8 @@ class _RecomputeStats(torch.autograd.Function):
             shape = torch.Size((hidden_TH.shape[0], settings.shard.num_real))
             check_finite("logits of hidden_TH", moments, shape)
         merged = merge(moments, local_ids_TJ >= 0, settings.shard)
+        if not settings.allow_nan:
+            check_has_mass("logits of hidden_TH", merged, local_weight_VH.shape)
         outputs = (merged.log_z_T, merged.entropy_T, merged.logprobs_TJ)
         ctx.save_for_backward(hidden_TH, local_weight_VH, local_ids_TJ, *outputs)
         ctx.settings = settings
@@ -165,7 +168,9 @@ def recompute_token_stats(
         ConfigError: a backend that is unknown or can not run here.
     """
     check_head(hidden_TH, local_weight_VH, weight_main_grad, allow_nan)
-    ids_TJ = wanted_ids(hidden_TH.shape[0], target_ids_T, support_ids_TJ, vocab_size)
+    ids_TJ = wanted_ids(
+        hidden_TH.shape[0], target_ids_T, support_ids_TJ, vocab_size, hidden_TH.device
+    )
     check_temperature("temperature", temperature)
     local_size = local_weight_VH.shape[0]
     settings = _Settings(

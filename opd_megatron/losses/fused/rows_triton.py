@@ -26,6 +26,8 @@ imported), which is how they are tested where there is no GPU.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import triton
 import triton.language as tl
@@ -160,6 +162,11 @@ def _support_gradient_kernel(
     tl.store(out + row * out_stride_t + ids * out_stride_v, values, mask=ids >= 0)
 
 
+def _on_device_of(tensor: torch.Tensor) -> AbstractContextManager[None]:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
 def moments(real_TV: torch.Tensor, local_ids_TJ: torch.Tensor, scale: float) -> Moments:
     """See `rows`."""
     num_rows, num_columns = real_TV.shape
@@ -167,19 +174,20 @@ def moments(real_TV: torch.Tensor, local_ids_TJ: torch.Tensor, scale: float) -> 
     sums_3T = torch.empty(3, num_rows, dtype=torch.float32, device=real_TV.device)
     picked_TJ = torch.empty(num_rows, num_ids, dtype=torch.float32, device=real_TV.device)
     if num_rows:
-        _moments_kernel[(num_rows,)](
-            real_TV,
-            *real_TV.stride(),
-            num_columns,
-            local_ids_TJ.contiguous(),
-            num_ids,
-            *sums_3T.unbind(),
-            picked_TJ,
-            scale,
-            BLOCK=_FORWARD_BLOCK,
-            IDS=_IDS,
-            num_warps=_FORWARD_WARPS,
-        )
+        with _on_device_of(real_TV):
+            _moments_kernel[(num_rows,)](
+                real_TV,
+                *real_TV.stride(),
+                num_columns,
+                local_ids_TJ.contiguous(),
+                num_ids,
+                *sums_3T.unbind(),
+                picked_TJ,
+                scale,
+                BLOCK=_FORWARD_BLOCK,
+                IDS=_IDS,
+                num_warps=_FORWARD_WARPS,
+            )
     return Moments(*sums_3T.unbind(), picked_TJ)
 
 
@@ -188,6 +196,14 @@ def gradient(real_TV: torch.Tensor, out_TV: torch.Tensor, row: RowGradient, scal
     num_rows, num_columns = real_TV.shape
     if num_rows == 0 or num_columns == 0:
         return
+    with _on_device_of(real_TV):
+        _write_gradient(real_TV, out_TV, row, scale)
+
+
+def _write_gradient(
+    real_TV: torch.Tensor, out_TV: torch.Tensor, row: RowGradient, scale: float
+) -> None:
+    num_rows, num_columns = real_TV.shape
     vectors = [x.contiguous() for x in (row.entropy_T, row.dense_T, row.grad_entropy_T)]
     num_blocks = triton.cdiv(num_columns, _BACKWARD_BLOCK)
     _dense_gradient_kernel[(num_rows * num_blocks,)](

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from opd_megatron.losses.checks import (
     LOGIT_DTYPES,
     LossInputError,
+    check_device,
     check_dtype,
     check_ids,
     check_shape,
@@ -73,8 +74,10 @@ def make_shard(
     """The shard of this rank.
 
     Raises:
-        LossInputError: the ranks together hold fewer columns than the vocabulary has ids.
+        LossInputError: no vocabulary, or the ranks together hold fewer columns than it has ids.
     """
+    if vocab_size < 1:
+        raise LossInputError(f"vocab_size: {vocab_size} seen, at least 1 wanted")
     world_size = 1 if group is None else dist.get_world_size(group)
     if local_size * world_size < vocab_size:
         raise LossInputError(
@@ -101,12 +104,16 @@ def wanted_ids(
     target_ids_T: torch.Tensor,
     support_ids_TJ: torch.Tensor | None,
     vocab_size: int,
+    device: torch.device,
 ) -> torch.Tensor:
     """[T, 1 + J] int64: the target id, then the support ids.
 
     Raises:
-        LossInputError: wrong dtype or shape, or an id outside the vocabulary.
+        LossInputError: wrong device, dtype or shape, or an id outside the vocabulary.
     """
+    check_device("target_ids_T", target_ids_T, device)
+    if support_ids_TJ is not None:
+        check_device("support_ids_TJ", support_ids_TJ, device)
     check_shape("target_ids_T", target_ids_T, (num_tokens,))
     check_ids("target_ids_T", target_ids_T, vocab_size)
     ids_TJ = target_ids_T[:, None].long()
@@ -139,6 +146,20 @@ def check_finite(name: str, moments: Moments, shape: torch.Size) -> None:
         raise LossInputError(
             f"{name}: NaN or +inf seen in {int(bad_T.sum())} rows, first row "
             f"{int(bad_T.nonzero()[0])} (shape {list(shape)}), numbers below +inf wanted"
+        )
+
+
+def check_has_mass(name: str, merged: Merged, shape: torch.Size) -> None:
+    """Raise on rows that are -inf everywhere; all ranks see the same rows and raise together.
+
+    Raises:
+        LossInputError: see above.
+    """
+    empty_T = merged.log_z_T == -math.inf
+    if bool(empty_T.any()):
+        raise LossInputError(
+            f"{name}: no finite logit seen in {int(empty_T.sum())} rows, first row "
+            f"{int(empty_T.nonzero()[0])} (shape {list(shape)} a rank), at least one a row wanted"
         )
 
 

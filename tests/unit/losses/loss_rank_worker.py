@@ -139,7 +139,7 @@ def run_mode(
 
     def run() -> torch.Tensor:
         if mode == "in_place":
-            stats = token_stats(logits.view_as(logits), grad_in_place=True, **kwargs)
+            stats = token_stats(logits * 1, grad_in_place=True, **kwargs)
             losses.append(probe_loss(stats))
         elif mode == "dense":
             found = dense_stats(

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from enumeration import relative_error
-from tree import PREFIXES, ROW, SEQUENCES, Tree, declared_gradient, pack, table
+from tree import END, PREFIXES, ROW, SEQUENCES, Tree, declared_gradient, pack, table
 
 from opd_megatron.config.schema import (
     CorrectionConfig,
@@ -93,11 +93,14 @@ def expected_gradient(
     teacher: torch.Tensor,
     behavior: torch.Tensor,
     rewards_B: torch.Tensor | None = None,
+    trainable_N: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Of the composed loss over all sequences, each with its probability under the behavior policy."""
     logits = student.clone().requires_grad_()
     tree = pack(logits, teacher, behavior)
     arrays = arrays_of(tree, rewards_B)
+    if trainable_N is not None:
+        arrays = replace(arrays, trainable_N=trainable_N)
     plan = make_plan(settings, arrays, scores_of(tree, settings))
     probability_N = tree.probability_B.detach()[tree.sequences.ids_T]
     whole = slice(0, len(probability_N))
@@ -146,6 +149,36 @@ def test_a_task_term_ascends_the_expected_reward_beside_the_divergence(discount:
     assert relative_error(seen, wanted) <= 1e-10
 
 
+@pytest.mark.parametrize("what", ["task", "discount"])
+def test_sequence_ratios_see_the_tokens_that_do_not_train(what: str) -> None:
+    """The end token is masked; under another behavior policy the expectation is that of on-policy rollouts."""
+    student, teacher, other = table(0), table(1), table(2)
+    rewards_B = torch.linspace(-1.0, 2.0, len(SEQUENCES)).double()
+    task = TaskConfig(coefficient=1.0 if what == "task" else 0.0)
+    objective = ObjectiveConfig(discount=1.0 if what == "discount" else 0.0)
+    on_policy = LossSettings(objective=objective, correction=NONE, task=task)
+    off_policy = replace(on_policy, correction=OPEN_SEQUENCE)
+    trainable_N = torch.tensor([token != END for s in SEQUENCES for token in s])
+    wanted = expected_gradient(on_policy, student, teacher, student, rewards_B, trainable_N)
+    seen = expected_gradient(off_policy, student, teacher, other, rewards_B, trainable_N)
+    assert relative_error(seen, wanted) <= 1e-10
+
+
+@pytest.mark.parametrize("name", list(DIVERGENCES))
+def test_a_token_the_teacher_calls_impossible_has_a_finite_return(name: str) -> None:
+    objective = ObjectiveConfig(divergence=name, discount=1.0, alpha=2.0)
+    settings = LossSettings(objective=objective, correction=NONE)
+    tree = pack(table(0), table(1), table(0))
+    arrays = arrays_of(tree)
+    teacher_N = arrays.teacher_logprobs_N.float().clone()
+    teacher_N[5] = -math.inf
+    arrays = replace(arrays, teacher_logprobs_N=teacher_N)
+    student_N = tree.student_T.detach().float()
+    plan = make_plan(settings, arrays, StudentScores(student_N, torch.ones_like(student_N)))
+    assert plan.advantages_N is not None
+    assert bool(plan.advantages_N.isfinite().all())
+
+
 def test_without_scores_the_task_term_is_added_to_the_live_advantage() -> None:
     settings = LossSettings(correction=NONE, task=TaskConfig(coefficient=2.0))
     assert not settings.needs_scores
@@ -165,7 +198,9 @@ COUPLED = {
         correction=CorrectionConfig(level="geometric_mean", low=0.8, high=1.25),
     ),
     "filter": LossSettings(filter=FilterConfig(score="student_entropy", low=30, high=70)),
-    "sequence mean": LossSettings(objective=ObjectiveConfig(normalization="sequence_mean")),
+    "sequence mean": LossSettings(
+        objective=ObjectiveConfig(normalization="sequence_mean", allow_biased=True)
+    ),
     "whitened": LossSettings(
         objective=ObjectiveConfig(allow_biased=True),
         whitening=WhiteningConfig(scope="batch", of="sum"),
@@ -216,7 +251,8 @@ def test_a_filter_keeps_its_share_of_what_the_mask_left() -> None:
 
 
 def test_a_sequence_mean_weighs_every_response_the_same() -> None:
-    settings = LossSettings(objective=ObjectiveConfig(normalization="sequence_mean"))
+    objective = ObjectiveConfig(normalization="sequence_mean", allow_biased=True)
+    settings = LossSettings(objective=objective)
     tree = pack(table(0), table(1), table(2))
     plan = make_plan(settings, arrays_of(tree))
     per_response_B = tree.sequences.sum(plan.scale_N) / plan.num_kept

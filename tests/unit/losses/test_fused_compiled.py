@@ -35,7 +35,7 @@ def run(
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     leaf = logits.clone().requires_grad_()
     stats = token_stats(
-        leaf.view_as(leaf) if in_place else leaf,
+        leaf * 1 if in_place else leaf,
         ids[:, 0],
         support_ids_TJ=ids[:, 1:],
         vocab_size=REAL,

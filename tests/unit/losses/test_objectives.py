@@ -98,6 +98,9 @@ def objective(**fields: object) -> LossSettings:
             "below filter.high=30",
         ),
         (LossSettings(whitening=WhiteningConfig(scope="group")), "no task term to whiten"),
+        (objective(clip_low=1.0), "0 <= clip_low < 1"),
+        (objective(clip_high=-0.1), "0 <= clip_low < 1"),
+        (LossSettings(updates_per_step=0), "batch.updates_per_step=0"),
         (
             LossSettings(whitening=WhiteningConfig(scope="sample"), task=TASK),
             "leaves nothing",
@@ -121,12 +124,21 @@ def test_impossible_settings_are_refused(settings: LossSettings, words: str) -> 
             "no importance weight",
         ),
         (objective(discount=1.0), "ratio of the whole response"),
+        (LossSettings(task=TASK), "the reward of a response needs the ratio of the whole response"),
+        (
+            objective(normalization="sequence_mean"),
+            "a length that the sampled token itself decides",
+        ),
         (
             LossSettings(whitening=WhiteningConfig(scope="batch", of="distillation")),
             "the divergence that is to go down",
         ),
         (
-            LossSettings(whitening=WhiteningConfig(scope="group", of="sum"), task=TASK),
+            LossSettings(
+                whitening=WhiteningConfig(scope="group", of="sum"),
+                task=TASK,
+                correction=CorrectionConfig(kind="none"),
+            ),
             "the divergence that is to go down",
         ),
     ],
@@ -154,7 +166,9 @@ def test_what_is_exact_needs_no_permission() -> None:
             filter=FilterConfig(score="kl", low=70),
         )
     )
-    check_settings(LossSettings(whitening=WhiteningConfig(scope="group"), task=TASK))
+    for correction in (CorrectionConfig(kind="none"), CorrectionConfig(level="sequence")):
+        group = WhiteningConfig(scope="group")
+        check_settings(LossSettings(whitening=group, task=TASK, correction=correction))
 
 
 def test_supports_beyond_what_a_server_sends_are_refused_for_served_teachers() -> None:

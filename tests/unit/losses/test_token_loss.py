@@ -25,7 +25,12 @@ from opd_megatron.losses.batch_plan import BatchArrays, make_plan
 from opd_megatron.losses.checks import LossInputError
 from opd_megatron.losses.corrections import importance_weights
 from opd_megatron.losses.settings import LossSettings
-from opd_megatron.losses.token_loss import TokenInputs, TokenLossOutput
+from opd_megatron.losses.token_loss import (
+    PlannedTokens,
+    TokenInputs,
+    TokenLossOutput,
+    make_token_loss,
+)
 from opd_megatron.losses.token_stats import TokenStats, token_stats
 
 NO_CORRECTION = CorrectionConfig(kind="none")
@@ -307,3 +312,15 @@ def test_nan_let_through_makes_the_sum_nan() -> None:
 def test_impossible_corrections_are_refused(correction: CorrectionConfig) -> None:
     with pytest.raises(ConfigError, match="correction"):
         loss_of(ObjectiveConfig(), correction)
+
+
+def test_a_support_estimator_without_a_support_and_short_plans_are_named() -> None:
+    stats = TokenStats(torch.zeros(3), torch.zeros(3), torch.zeros(3))
+    inputs = TokenInputs(torch.zeros(3), torch.zeros(3), torch.ones(3))
+    settings = LossSettings(objective=ObjectiveConfig(estimator="support_matching"))
+    with pytest.raises(LossInputError, match=r"inputs\.support: None seen, the teacher"):
+        make_token_loss(settings)(stats, inputs)
+    for size in (1, 2):
+        planned = PlannedTokens(scale_T=torch.ones(3), weights_T=torch.ones(size))
+        with pytest.raises(LossInputError, match=rf"planned\.weights_T: shape \[{size}\] seen"):
+            make_token_loss()(stats, replace(inputs, planned=planned))

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from handed_over import HandedOver
 from loss_rank_worker import probe_loss
 from torch.utils.checkpoint import checkpoint
 
@@ -182,7 +183,7 @@ def test_in_place_gradient_is_the_same_and_lies_in_the_logits() -> None:
     grads: list[torch.Tensor] = []
     for in_place in (False, True):
         leaf = logits.clone().requires_grad_()
-        z = leaf.view_as(leaf)
+        z = HandedOver.apply(leaf)
         stats = token_stats(
             z, targets, support_ids_TJ=support, vocab_size=13, grad_in_place=in_place
         )
@@ -215,9 +216,34 @@ def test_in_place_is_refused_for_a_leaf_and_for_shared_memory() -> None:
     leaf = logits.clone().requires_grad_()
     with pytest.raises(LossInputError, match=r"local_logits_TV: a leaf .* \[9, 16\]"):
         token_stats(leaf, targets, vocab_size=13, grad_in_place=True)
-    with pytest.raises(LossInputError, match="local_logits_TV: an expanded tensor"):
-        token_stats(leaf[:1].expand(9, 16), targets, vocab_size=13, grad_in_place=True)
+    with pytest.raises(LossInputError, match="or a view of it, seen"):
+        token_stats(leaf.view(1, 9, 16).squeeze(0), targets, vocab_size=13, grad_in_place=True)
+    made = leaf * 1
+    for shared in (made[:1].expand(9, 16), made.as_strided((9, 16), (8, 1))):
+        with pytest.raises(LossInputError, match="local_logits_TV: elements that share memory"):
+            token_stats(shared, targets, vocab_size=13, grad_in_place=True)
+    for apart in (made.T.contiguous().T, made[:, :14]):
+        token_stats(apart, targets, vocab_size=13, grad_in_place=True)
     token_stats(logits, targets, vocab_size=13, grad_in_place=True)  # nothing to write: a forward
+
+
+def test_a_row_without_a_finite_logit_is_refused_or_let_through() -> None:
+    logits, targets, _ = example()
+    logits[3] = -math.inf
+    with pytest.raises(LossInputError, match="no finite logit seen in 1 rows, first row 3"):
+        token_stats(logits, targets, vocab_size=13)
+    stats = token_stats(logits, targets, vocab_size=13, allow_nan=True)
+    assert stats.sampled_logprobs_T.isfinite().tolist() == [t != 3 for t in range(9)]
+
+
+def test_tensors_of_another_device_and_empty_vocabularies_are_named() -> None:
+    logits, targets, support = example()
+    with pytest.raises(LossInputError, match="target_ids_T: device meta seen, cpu wanted"):
+        token_stats(logits, targets.to("meta"), vocab_size=13)
+    with pytest.raises(LossInputError, match="support_ids_TJ: device meta seen"):
+        token_stats(logits, targets, support_ids_TJ=support.to("meta"), vocab_size=13)
+    with pytest.raises(LossInputError, match="vocab_size: -1 seen"):
+        token_stats(logits[:0], targets[:0], vocab_size=-1)
 
 
 def test_in_place_raises_where_the_logits_are_needed_later() -> None:
