@@ -18,7 +18,7 @@ class Prompt:
     """One usable row of the data, encoded with the student's chat template.
 
     Example: `Prompt(id="add2-17", token_ids=(2, 8, 4, ...), text="40+85:", answer="125", teacher="main",
-    source="train.jsonl:18")`.
+    source="train.jsonl:18")`. `response_ids`: of the given response, end token included, in supervised training.
     """
 
     id: str
@@ -27,11 +27,12 @@ class Prompt:
     answer: str | None
     teacher: str | None
     source: str
+    response_ids: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """One response that a rollout server generated.
+    """One response that a rollout server generated, or that the data gave (controller/given.py).
 
     `version_first`/`version_last` are the weight versions that produced the first and the last token.
     `finish_reason` is "stop" (an end token was sampled) or "length" (cut at max_new_tokens).

@@ -22,7 +22,7 @@ def as_record(row: Objective) -> dict[str, Any]:
         "estimator": row.estimator,
         "measure": row.measure or None,
         "token_weights": row.token_weights or None,
-        "support": list(row.supports) or ["sampled"],
+        "support": list(row.supports) or ["given" if row.is_supervised else "sampled"],
         "normalization": list(_NORMALIZATIONS),
         "target": row.target,
         "descends": row.descends,
@@ -43,11 +43,15 @@ def objectives(
     typer.echo("student pi, teacher q; reverse_kl = KL(pi || q), forward_kl = KL(q || pi)")
     typer.echo(f"normalization of each: {', '.join(_NORMALIZATIONS)}, over the global batch\n")
     for title, chosen in (
-        ("from the sampled token", [row for row in OBJECTIVES if not row.measure]),
+        (
+            "from the sampled token",
+            [row for row in OBJECTIVES if not row.measure and not row.is_supervised],
+        ),
         (
             "over a support, differentiated through the student",
             [r for r in OBJECTIVES if r.measure],
         ),
+        ("from given responses (supervised)", [r for r in OBJECTIVES if r.is_supervised]),
     ):
         typer.echo(f"{title}:")
         for row in chosen:
@@ -80,7 +84,9 @@ def describe_loss(recipe: Recipe) -> list[str]:
         parts.append(f"discount {objective.discount:g}")
     if objective.entropy_bonus:
         parts.append(f"entropy bonus {objective.entropy_bonus:g}")
-    if correction.kind == "none":
+    if settings.is_supervised:
+        parts.append("responses of the data, end token included")
+    elif correction.kind == "none":
         parts.append("no importance weights")
     else:
         parts.append(

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, cast
 
-from opd_megatron.config.schema import Recipe
+from opd_megatron.config.schema import Recipe, ServerConfig
 from opd_megatron.errors import ConfigError, did_you_mean
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -55,7 +55,7 @@ def _required(recipe: Recipe) -> Iterator[str]:
         yield "student.path='': must name a Hugging Face model directory; set student.path=DIR"
     if not recipe.data.train:
         yield "data.train='': must name a JSONL or parquet file; set data.train=FILE"
-    if not recipe.teachers:
+    if not recipe.teachers and not recipe.is_supervised:
         yield "teachers={}: at least one teacher is needed; set teachers.main.path=DIR"
     for name, teacher in recipe.teachers.items():
         if not _NAME.fullmatch(name):
@@ -66,9 +66,10 @@ def _required(recipe: Recipe) -> Iterator[str]:
 
 def _lengths(recipe: Recipe) -> Iterator[str]:
     longest = recipe.data.max_prompt_tokens + recipe.rollout.max_new_tokens
-    servers = {"rollout.server": recipe.rollout.server} | {
-        f"teachers.{name}.server": teacher.server for name, teacher in recipe.teachers.items()
-    }
+    servers: dict[str, ServerConfig] = {}
+    if recipe.uses_servers:
+        servers["rollout.server"] = recipe.rollout.server
+        servers |= {f"teachers.{name}.server": t.server for name, t in recipe.teachers.items()}
     for key, server in servers.items():
         if server.max_total_tokens == 0 and recipe.device == "cpu":
             yield (
@@ -183,10 +184,31 @@ def _objective(recipe: Recipe) -> Iterator[str]:
         )
 
 
+def _supervised(recipe: Recipe) -> Iterator[str]:
+    """Settings of rollouts, which supervised training does not have; those of the loss: losses/combinations.py."""
+    if not recipe.is_supervised:
+        return
+    if recipe.batch.rollouts_per_prompt != 1:
+        yield (
+            f"batch.rollouts_per_prompt={recipe.batch.rollouts_per_prompt}: objective.estimator=cross_entropy has one "
+            f"response a row, the given one; set batch.rollouts_per_prompt=1"
+        )
+    if recipe.rollout.temperature != 1.0:
+        yield (
+            f"rollout.temperature={recipe.rollout.temperature}: cross-entropy on given responses is at temperature 1; "
+            f"set rollout.temperature=1.0 (evaluation.temperature is separate)"
+        )
+    if recipe.teachers and not recipe.data.heldout:
+        yield (
+            f"teachers={list(recipe.teachers)}: with objective.estimator=cross_entropy a teacher serves the evaluation "
+            f"alone, and data.heldout='' is none; set data.heldout=FILE or leave the teachers out"
+        )
+
+
 def problems(recipe: Recipe) -> list[str]:
     """Every violated rule, as one line each: key, value seen, rule, fix."""
     found = list(_field_problems(recipe, ""))
-    for rule in (_required, _lengths, _learner, _precision, _schedule, _objective):
+    for rule in (_required, _lengths, _learner, _precision, _schedule, _objective, _supervised):
         found.extend(rule(recipe))
     return found
 

@@ -57,12 +57,16 @@ class TeacherConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Prompts. Paths are relative to the recipe file. Rows: `prompt`, optional `answer`, `teacher`, `id`."""
+    """Prompts. Paths are relative to the recipe file. Rows: `prompt`, optional `answer`, `teacher`, `id`.
+
+    Supervised training also needs the response: in `response`, or as the last message of `prompt`.
+    """
 
     train: str = ""
     heldout: str = ""
     prompt_key: str = "prompt"
     answer_key: str = "answer"
+    response_key: str = "response"
     max_prompt_tokens: int = number(1024, 1)
     max_bad_rows_frac: float = number(0.01, 0.0, 1.0)
     shuffle: bool = True
@@ -79,6 +83,8 @@ class RolloutConfig:
     server: ServerConfig = field(default_factory=ServerConfig)
 
 
+# The estimator that trains on given responses instead of the student's own.
+SUPERVISED_ESTIMATOR = "cross_entropy"
 SUPPORTS = (
     "teacher_topk",
     "student_topk",
@@ -95,8 +101,9 @@ class ObjectiveConfig:
     """What is minimised. `reverse_kl` = KL(student || teacher), in words: student against teacher.
 
     `estimator` says how: from the sampled token (`policy_gradient` and the value forms), or from a set of
-    tokens at every position (`support_matching`, `topk_surrogate`). `opd objectives` lists what exists, what is
-    proven and what needs `allow_biased`.
+    tokens at every position (`support_matching`, `topk_surrogate`). `cross_entropy` is supervised training, on the
+    responses of the data: no rollouts, no teacher. `opd objectives` lists what exists, what is proven and what needs
+    `allow_biased`.
     """
 
     divergence: str = choice(
@@ -120,6 +127,7 @@ class ObjectiveConfig:
         "k3_differentiated",
         "support_matching",
         "topk_surrogate",
+        SUPERVISED_ESTIMATOR,
     )
     # Of the two support estimators: which tokens, how many of each side, what happens to the mass outside.
     support: str = choice("teacher_topk", *SUPPORTS)
@@ -345,3 +353,13 @@ class Recipe:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     preflight: PreflightConfig = field(default_factory=PreflightConfig)
     observe: ObserveConfig = field(default_factory=ObserveConfig)
+
+    @property
+    def is_supervised(self) -> bool:
+        """Trains on the responses of the data."""
+        return self.objective.estimator == SUPERVISED_ESTIMATOR
+
+    @property
+    def uses_servers(self) -> bool:
+        """Needs rollout and teacher servers: to train on rollouts, or to evaluate."""
+        return not self.is_supervised or bool(self.data.heldout)

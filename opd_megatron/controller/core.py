@@ -8,7 +8,11 @@ One step, strictly on-policy:
 A prompt whose group can not be used is rejected with a reason and replaced by the next one, so a step always
 trains `prompts_per_step` prompts. A step the learner did not apply (NaN) rejects its prompts and is repeated with
 new ones, `max_bad_steps` times in a row at most. Nothing here is done twice for one position: answers are matched
-by (position, attempt). Asynchronous (off-policy) schedules are left out of this version.
+by (position, attempt).
+
+Where the responses are given (`publish_always` is false) no server needs the new weights before the next evaluation,
+so SyncWeights comes only before an evaluation and at the end. Asynchronous (off-policy) schedules are left out of this
+version.
 """
 
 from __future__ import annotations
@@ -53,6 +57,7 @@ class CoreSettings:
     max_attempts: int = 3
     max_bad_steps: int = 3
     max_rejected_per_step: int = 32
+    publish_always: bool = True
 
 
 class Core:
@@ -80,7 +85,7 @@ class Core:
 
     @property
     def version(self) -> int:
-        """Weight version the rollout servers must hold now: the number of applied steps."""
+        """Weight version of the learner, the number of applied steps; servers that are asked hold it too."""
         return self.step
 
     def state(self) -> dict[str, Any]:
@@ -184,7 +189,9 @@ class Core:
         if event.applied:
             self._metrics = {**event.metrics, "train/skipped": float(self.bad_steps)}
             self.bad_steps = 0
-            return [SyncWeights(event.step)]
+            if self.settings.publish_always or self._evaluates(event.step):
+                return [SyncWeights(event.step)]
+            return self._synced(Synced(event.step))
         self.bad_steps += 1
         for position in self._training:
             self.ledger.reject(position, "step_not_applied")
@@ -204,13 +211,15 @@ class Core:
         self._rejected_this_step = 0
         return self._after_step()
 
+    def _evaluates(self, step: int) -> bool:
+        every = self.settings.evaluate_every
+        return step >= self.settings.steps or step == 0 or (every > 0 and step % every == 0)
+
     def _after_step(self) -> list[Action]:
         """What the boundary between two steps still needs, in order, before the next step begins."""
         settings = self.settings
         last = self.step >= settings.steps
-        every = settings.evaluate_every
-        evaluate = last or self.step == 0 or (every > 0 and self.step % every == 0)
-        if evaluate and self.evaluated_step < self.step:
+        if self._evaluates(self.step) and self.evaluated_step < self.step:
             return [Evaluate(self.step)]
         actions: list[Action] = []
         if self.recorded_step < self.step:

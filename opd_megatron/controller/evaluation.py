@@ -42,8 +42,9 @@ class Evaluator:
         self._sampling = Sampling(
             temperature=self.settings.temperature, max_new_tokens=recipe.rollout.max_new_tokens
         )
-        self._teacher = next(iter(recipe.teachers))
-        self._aliases = aliases.get(self._teacher, TokenAliases())
+        # Supervised training may do without one: there is accuracy then, and no KL.
+        self._teacher = next(iter(recipe.teachers), None)
+        self._aliases = aliases.get(self._teacher or "", TokenAliases())
         self._count = 0
 
     async def evaluate(self, with_teacher: bool) -> dict[str, float]:
@@ -60,12 +61,13 @@ class Evaluator:
             f"{_SET}/truncated_frac": student.truncated_frac,
             f"{_SET}/len_mean": student.len_mean,
         }
+        if self._teacher is None:
+            return metrics
+        servers = self._roles.teachers[self._teacher]
         if self.settings.kl_problems > 0:
-            metrics |= await self._kl(student)
+            metrics |= await self._kl(student, servers[0])
         if with_teacher:
-            teacher = await self._accuracy(
-                self._roles.teachers[self._teacher], f"eval-{self._count}-teacher"
-            )
+            teacher = await self._accuracy(servers, f"eval-{self._count}-teacher")
             metrics[f"{_SET}/teacher_accuracy"] = teacher.mean
         return metrics
 
@@ -91,12 +93,12 @@ class Evaluator:
             [rollout for part in parts for rollout in part.rollouts],
         )
 
-    async def _kl(self, student: AccuracyResult) -> dict[str, float]:
+    async def _kl(self, student: AccuracyResult, teacher: SglangClient) -> dict[str, float]:
         chosen = {prompt.id for prompt in self._problems[: self.settings.kl_problems]}
         rollouts = [rollout for rollout in student.rollouts if rollout.prompt_id in chosen]
         result = await evaluate_kl(
             self._roles.rollout[0],
-            self._roles.teachers[self._teacher][0],
+            teacher,
             rollouts,
             self._tokenizer.vocab_size,
             self._aliases,

@@ -33,7 +33,7 @@ from opd_megatron.data.chat import ChatTokenizer, load_chat_tokenizer
 from opd_megatron.data.prompts import PromptSet, load_prompts
 from opd_megatron.data.tokenizer_files import tokenizer_fingerprint
 from opd_megatron.errors import EXIT_DONE, ConfigError, OpdError, StorageError
-from opd_megatron.observe.console import RunConsole, demo_line
+from opd_megatron.observe.console import RunConsole, result_line
 from opd_megatron.observe.report import render_report
 from opd_megatron.rundir import RunDir
 from opd_megatron.teacher.aliases import TokenAliases, aliases_of
@@ -55,10 +55,11 @@ def core_settings(recipe: Recipe) -> CoreSettings:
         steps=recipe.steps,
         prompts_per_step=recipe.batch.prompts_per_step,
         rollouts_per_prompt=recipe.batch.rollouts_per_prompt,
-        evaluate_every=recipe.evaluation.every,
+        evaluate_every=recipe.evaluation.every if recipe.data.heldout else 0,
         save_every=recipe.checkpoint.every,
         max_bad_steps=recipe.optimizer.max_bad_steps,
         max_rejected_per_step=recipe.batch.prompts_per_step,
+        publish_always=not recipe.is_supervised,
     )
 
 
@@ -77,7 +78,13 @@ def load_inputs(recipe: Recipe) -> Inputs:
     """Read tokenizer and prompts."""
     tokenizer = load_chat_tokenizer(Path(recipe.student.path))
     teachers = tuple(recipe.teachers)
-    train = load_prompts(Path(recipe.data.train), recipe.data, teachers, tokenizer)
+    train = load_prompts(
+        Path(recipe.data.train),
+        recipe.data,
+        teachers,
+        tokenizer,
+        max_response_tokens=recipe.rollout.max_new_tokens if recipe.is_supervised else None,
+    )
     heldout = None
     if recipe.data.heldout:
         path = Path(recipe.data.heldout)
@@ -110,8 +117,8 @@ async def run_controller(recipe: Recipe, run: RunDir, attempt_number: int) -> No
     records.write_summary(run.summary, summary)
     report = render_report(run.root)
     console.say(f"report {report}")
-    if summary["accuracy_before"] is not None and summary["kl_before"] is not None:
-        console.say(demo_line(summary))
+    if summary["accuracy_before"] is not None:
+        console.say(result_line(summary))
 
 
 async def _train(
@@ -141,7 +148,8 @@ async def _train(
                     f"{core.step}; the commit is not of one piece"
                 )
             console.say(f"resumed from {newest.path.name}")
-        await check_numerics(recipe, roles, publisher, train, attempt, core.version, console)
+        if recipe.uses_servers:
+            await check_numerics(recipe, roles, publisher, train, attempt, core.version, console)
         evaluator = None
         if inputs.heldout is not None:
             evaluator = Evaluator(recipe, roles, tokenizer, inputs.heldout.prompts, aliases)

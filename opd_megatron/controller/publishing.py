@@ -50,11 +50,14 @@ class Publisher:
         """Bring every rollout server to a published version.
 
         Returns:
-            the largest |server - learner| over the probes, in nats.
+            the largest |server - learner| over the probes, in nats; 0 where there is no server.
 
         Raises:
             NumericsError, ServerError: a server does not hold the version.
         """
+        if not self._roles.rollout:
+            self._remove_old(published.version)
+            return 0.0
         report = await push_weights(
             self._roles.rollout,
             published.directory,

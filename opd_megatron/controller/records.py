@@ -55,13 +55,19 @@ class Records:
         self.rollouts.close()
 
 
-def rollout_metrics(samples: Sequence[Sample], version: int) -> dict[str, float]:
-    """rollout/* and offpolicy/age_* of a step."""
-    ages = [version - sample.rollout.version_first for sample in samples]
+def length_metrics(samples: Sequence[Sample]) -> dict[str, float]:
+    """rollout/* of a step."""
     lengths = [len(sample.rollout.response_ids) for sample in samples]
     return {
         "rollout/len_mean": float(np.mean(lengths)),
         "rollout/truncated_frac": float(np.mean([s.rollout.truncated for s in samples])),
+    }
+
+
+def age_metrics(samples: Sequence[Sample], version: int) -> dict[str, float]:
+    """offpolicy/age_* of a step."""
+    ages = [version - sample.rollout.version_first for sample in samples]
+    return {
         "offpolicy/age_mean": float(np.mean(ages)),
         "offpolicy/age_max": float(max(ages)),
     }

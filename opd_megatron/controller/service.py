@@ -20,6 +20,7 @@ from opd_megatron.controller import commit, protocol, records
 from opd_megatron.controller.core import Core
 from opd_megatron.controller.evaluation import Evaluator
 from opd_megatron.controller.generation import generate_group, sampling_of
+from opd_megatron.controller.given import given_rollout, given_scores
 from opd_megatron.controller.publishing import Publisher
 from opd_megatron.controller.roles import Roles
 from opd_megatron.controller.samples import SampleMaker
@@ -152,6 +153,9 @@ class Service:
         prompt = self._prompt(position)
         epoch = self._order.index_at(position)[0]
         count = self.context.recipe.batch.rollouts_per_prompt
+        if self.context.recipe.is_supervised:
+            given = given_rollout(prompt, f"{prompt.id}@{epoch}#0", self.core.version)
+            return protocol.Generated(position, attempt, (given,))
         try:
             with self._stopwatch().stage("rollout"):
                 rollouts = await generate_group(
@@ -169,6 +173,10 @@ class Service:
 
     async def _score(self, action: protocol.Score) -> protocol.Event:
         position, attempt, rollouts = action.position, action.attempt, action.rollouts
+        if self.context.recipe.is_supervised:
+            scores = [given_scores(rollout) for rollout in rollouts]
+            samples = self.context.sample_maker.make(self._prompt(position), rollouts, scores)
+            return protocol.Scored(position, attempt, samples)
         teacher = self._prompt(position).teacher or next(iter(self.context.recipe.teachers))
         try:
             with self._stopwatch().stage("teacher"):
@@ -260,11 +268,13 @@ class Service:
         metrics = dict(action.metrics)
         trained = [(position, self._prompt(position)) for position in action.positions]
         if trained:
-            metrics |= self._perf | records.rollout_metrics(self._samples, step - 1)
+            metrics |= self._perf | records.length_metrics(self._samples)
             metrics |= records.speed_metrics(self._samples, self._perf)
-            metrics["teacher/latency_p95_s"] = self._latencies[
-                int(0.95 * (len(self._latencies) - 1))
-            ]
+            if not context.recipe.is_supervised:
+                metrics |= records.age_metrics(self._samples, step - 1)
+                metrics["teacher/latency_p95_s"] = self._latencies[
+                    int(0.95 * (len(self._latencies) - 1))
+                ]
         if self._checkpoint_s:
             metrics["perf/checkpoint_s"], self._checkpoint_s = self._checkpoint_s, 0.0
         epoch = self._order.index_at(max(0, self.core.ledger.issued - 1))[0]

@@ -51,6 +51,42 @@ class ChatTokenizer:
                 spells a special token. The last is most often a prompt that already went through a
                 chat template.
         """
+        return self._encode(self._render(messages, is_answered=False))
+
+    def encode_response(self, messages: Sequence[dict[str, str]], response: str) -> tuple[int, ...]:
+        """Ids of a given response to `messages`, as a server generates one: up to the end token.
+
+        It is what the template writes after the start of the assistant's turn, tokenized apart from the prompt,
+        so that the prompt's ids are those of a rollout.
+
+        Raises:
+            ValueError: as `encode_messages`; or the template does not write the answer behind the prompt, or ends
+                it with a token at which a server would not stop.
+        """
+        prompt = self._render(messages, is_answered=False)
+        answered = [*messages, {"role": "assistant", "content": response}]
+        conversation = self._render(answered, is_answered=True)
+        if not conversation.startswith(prompt):
+            raise ValueError(
+                "the chat template writes another prompt when the response is there: "
+                f"{conversation[: len(prompt)]!r} is not {prompt!r}"
+            )
+        ids = self._encode(conversation[len(prompt) :])
+        end = next((i for i, token in enumerate(ids) if token in self.eos_ids), None)
+        if end is None:
+            raise ValueError(
+                f"the chat template ends the response with {conversation[-20:]!r}, in which no end token of the model "
+                f"is ({', '.join(map(self.decode_token, self.eos_ids))}); add its end token to eos_token_id in "
+                "generation_config.json"
+            )
+        if self.decode_response(ids[end + 1 :]).strip():
+            raise ValueError(
+                f"the response goes on after an end token, {self.decode_token(ids[end])!r}"
+            )
+        return ids[: end + 1]
+
+    def _render(self, messages: Sequence[dict[str, str]], *, is_answered: bool) -> str:
+        """The conversation as text; unanswered, up to the start of the assistant's turn."""
         for message in messages:
             for token in self._special_tokens:
                 if token in message["content"]:
@@ -59,15 +95,20 @@ class ChatTokenizer:
                         "template is applied here"
                     )
         try:
-            text = self._tokenizer.apply_chat_template(
-                list(messages), add_generation_prompt=True, tokenize=False
+            return str(
+                self._tokenizer.apply_chat_template(
+                    list(messages), add_generation_prompt=not is_answered, tokenize=False
+                )
             )
+        except Exception as error:  # templates raise what they like
+            raise _refused(error) from error
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        try:
             # The template wrote every special token that belongs there.
-            return tuple(self._tokenizer.encode(str(text), add_special_tokens=False))
+            return tuple(self._tokenizer.encode(text, add_special_tokens=False))
         except Exception as error:  # the tokenizers library raises plain Exception
-            raise ValueError(
-                f"the student's chat template or tokenizer refuses it: {error}"
-            ) from error
+            raise _refused(error) from error
 
     def decode_response(self, response_ids: Sequence[int]) -> str:
         """Text of a response without special tokens, as a grader reads it."""
@@ -76,6 +117,10 @@ class ChatTokenizer:
     def _decode_token(self, token_id: int) -> str:
         """Text of one token for display. Half a character shows as U+FFFD."""
         return str(self._tokenizer.decode([token_id], skip_special_tokens=False))
+
+
+def _refused(error: Exception) -> ValueError:
+    return ValueError(f"the student's chat template or tokenizer refuses it: {error}")
 
 
 def load_chat_tokenizer(directory: Path, key: str = "student.path") -> ChatTokenizer:

@@ -2,6 +2,8 @@
 
     {"prompt": "40+85:", "answer": "125"}
     {"prompt": [{"role": "user", "content": "40+85:"}], "id": "p-7", "teacher": "math"}
+    {"prompt": "40+85:", "response": "0+5=5,8+4=12>125"}           supervised training
+    {"prompt": [{"role": "user", ...}, {"role": "assistant", ...}]}   the same
 
 A refused row is counted by reason and its place is kept; more of them than the budget allows ends
 the run before it starts. Nothing else is lost: every other row becomes one prompt, in file order.
@@ -37,13 +39,14 @@ class BadRow(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A checked row that is not encoded yet. `source` is `file:line`."""
+    """A checked row that is not encoded yet. `source` is `file:line`; `response` is read on request."""
 
     id: str
     prompt: str | tuple[Message, ...]
     answer: str | None
     teacher: str | None
     source: str
+    response: str | None = None
 
 
 @dataclass
@@ -92,7 +95,12 @@ class RowScan:
 
 
 def scan_rows(
-    path: Path, config: DataConfig, teachers: Collection[str], key: str = "data.train"
+    path: Path,
+    config: DataConfig,
+    teachers: Collection[str],
+    key: str = "data.train",
+    *,
+    with_response: bool = False,
 ) -> RowScan:
     """Read and check every row of a `.jsonl` or `.parquet` file.
 
@@ -100,6 +108,7 @@ def scan_rows(
         path: the file, already resolved against the recipe's directory.
         teachers: names a row's `teacher` may have.
         key: the recipe key that named the file, for messages.
+        with_response: every row must hold the response, and a row's `teacher` means nothing.
 
     Raises:
         DataError: no such file, not readable as its suffix says, or more bad rows than
@@ -112,7 +121,7 @@ def scan_rows(
     for source, raw in _read(path, config, key):
         num_rows += 1
         try:
-            row = _check_row(raw, source, config, teachers)
+            row = _check_row(raw, source, config, teachers, with_response)
             if row.id in seen_ids:
                 raise BadRow("duplicate_id", f"id {row.id!r} is also at {seen_ids[row.id]}")
         except BadRow as error:
@@ -198,19 +207,25 @@ def _parquet_row(names: list[str], columns: list[Any], index: int) -> Any:
         return BadRow("bad_characters", str(error))
 
 
-def _columns(config: DataConfig) -> tuple[str, str, str, str]:
-    return (config.prompt_key, config.answer_key, "id", "teacher")
+def _columns(config: DataConfig) -> tuple[str, ...]:
+    keys = (config.prompt_key, config.answer_key, config.response_key, "id", "teacher")
+    return tuple(dict.fromkeys(keys))
 
 
-def _check_row(raw: Any, source: str, config: DataConfig, teachers: Collection[str]) -> Row:
+def _check_row(
+    raw: Any, source: str, config: DataConfig, teachers: Collection[str], with_response: bool
+) -> Row:
     if isinstance(raw, BadRow):
         raise raw
     if not isinstance(raw, dict):
         raise BadRow("wrong_type", f"a row must be an object, not {type(raw).__name__}")
     if raw.get(config.prompt_key) is None:
         raise BadRow("missing_key", f"no {config.prompt_key!r}")
-    prompt = _check_prompt(raw[config.prompt_key], config.prompt_key)
-    teacher = _optional_text(raw, "teacher")
+    asked, response = raw[config.prompt_key], None
+    if with_response:
+        asked, response = _split_response(raw, config)
+    prompt = _check_prompt(asked, config.prompt_key)
+    teacher = None if with_response else _optional_text(raw, "teacher")
     if teacher is not None and teacher not in teachers:
         known = ", ".join(sorted(teachers))
         raise BadRow(
@@ -218,7 +233,33 @@ def _check_row(raw: Any, source: str, config: DataConfig, teachers: Collection[s
         )
     answer = _optional_text(raw, config.answer_key)
     row_id = _optional_text(raw, "id") or _derived_id(prompt, source)
-    return Row(row_id, prompt, answer, teacher, source)
+    return Row(row_id, prompt, answer, teacher, source, response)
+
+
+def _split_response(raw: dict[str, Any], config: DataConfig) -> tuple[Any, str]:
+    """The prompt, not checked yet, and the response of a row.
+
+    The response is text or a list of one assistant message under `data.response_key`, or the last message of
+    the prompt's list.
+    """
+    asked, key = raw[config.prompt_key], config.response_key
+    value = None if key == config.prompt_key else raw.get(key)
+    ends = isinstance(asked, list) and bool(asked) and _is_assistant(asked[-1])
+    if value is None and not ends:
+        raise BadRow("missing_key", f"no {key!r}, and {config.prompt_key!r} has no last answer")
+    if value is None:
+        return asked[:-1], _check_message(asked[-1], config.prompt_key)["content"]
+    if ends:
+        raise BadRow("wrong_type", f"two responses: {key!r} and the end of {config.prompt_key!r}")
+    if isinstance(value, list) and len(value) == 1 and _is_assistant(value[0]):
+        return asked, _check_message(value[0], key)["content"]
+    if not isinstance(value, str):
+        raise BadRow("wrong_type", f"{key!r} must be text or a list of one assistant message")
+    return asked, _check_text(value, key)
+
+
+def _is_assistant(message: Any) -> bool:
+    return isinstance(message, dict) and message.get("role") == "assistant"
 
 
 def _derived_id(prompt: str | tuple[Message, ...], source: str) -> str:

@@ -75,6 +75,19 @@ def write_rows(path: Path, prompts: list[str]) -> None:
     write_bytes(path, text.encode())
 
 
+def write_demonstrations(path: Path, num_rows: int, seed: int) -> None:
+    """Write JSONL rows `{"id", "prompt", "response"}` for supervised training: right derivations of distinct training
+    prompts.
+    """
+    rng = random.Random(seed)
+    chosen = rng.sample(all_prompts(held_out=False), num_rows)
+    rows = (
+        {"id": f"add2-{d.prompt[:-1]}", "prompt": d.prompt, "response": d.response}
+        for d in (write_derivation(prompt, rng) for prompt in chosen)
+    )
+    write_bytes(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
 def write_dataset(directory: Path, num_train: int, num_heldout: int, seed: int) -> None:
     """Write `train.jsonl` and `heldout.jsonl`: distinct prompts, chosen and ordered by `seed`."""
     rng = random.Random(seed)

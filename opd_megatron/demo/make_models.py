@@ -9,7 +9,8 @@ before on-policy distillation, and why a small budget is enough; a student that 
 the task would need far more.
 
 Both are ordinary Hugging Face directories (config, generation config, fp32 safetensors, tokenizer).
-The data comes along: distinct prompts of `add2`, so `train.jsonl` never meets `heldout.jsonl`.
+The data comes along: distinct prompts of `add2`, so `train.jsonl` never meets `heldout.jsonl`; and
+`demonstrations.jsonl`, right derivations for supervised training.
 
 Seeds are fixed and one thread is used, so a rebuild on the same machine and versions gives the same
 bytes; another CPU gives models of the same quality, not the same digits.
@@ -34,6 +35,7 @@ from opd_megatron.demo.add2 import (
     Example,
     all_prompts,
     write_dataset,
+    write_demonstrations,
     write_derivation,
 )
 from opd_megatron.demo.tokenizer import (
@@ -52,6 +54,7 @@ from opd_megatron.eval.column_addition import is_right_derivation
 HIDDEN_SIZE = 64
 CONTEXT_LENGTH = 512
 NUM_TRAIN, NUM_HELDOUT, DATA_SEED = 4000, 256, 0
+NUM_DEMONSTRATIONS = 1024
 _FIRST_DIGIT, _LAST_DIGIT = TOKEN_IDS["0"], TOKEN_IDS["9"]
 
 
@@ -221,6 +224,7 @@ def main() -> None:
     out: Path = parser.parse_args().out
     torch.set_num_threads(1)
     write_dataset(out, NUM_TRAIN, NUM_HELDOUT, DATA_SEED)
+    write_demonstrations(out / "demonstrations.jsonl", NUM_DEMONSTRATIONS, DATA_SEED)
     make_model(TEACHER, out / "teacher")
     make_model(STUDENT, out / "student")
 

@@ -143,7 +143,9 @@ def check_inputs(recipe: Recipe) -> InputFacts:
         _check_context(read_model_config(Path(teacher.path), key), key, recipe)
         compare_tokenizers(student, Path(teacher.path), name, teacher.aliases)
     check_aliases(recipe)
-    train = scan_rows(Path(recipe.data.train), recipe.data, recipe.teachers)
+    train = scan_rows(
+        Path(recipe.data.train), recipe.data, recipe.teachers, with_response=recipe.is_supervised
+    )
     check_task(recipe, train)
     heldout = None
     if recipe.data.heldout:

@@ -29,7 +29,7 @@ class Server:
 
 
 def place_servers(recipe: Recipe, ports: PortReservations) -> dict[str, list[Server]]:
-    """Servers by role: "rollout", and "teacher-<name>" for each teacher."""
+    """Servers by role: "rollout", and "teacher-<name>" for each teacher; none where the run asks none."""
     wanted = {"rollout": (recipe.student.path, recipe.rollout.server)} | {
         f"teacher-{name}": (teacher.path, teacher.server)
         for name, teacher in recipe.teachers.items()
@@ -37,7 +37,7 @@ def place_servers(recipe: Recipe, ports: PortReservations) -> dict[str, list[Ser
     placed: dict[str, list[Server]] = {}
     for role, (model_path, config) in wanted.items():
         placed[role] = []
-        for number in range(config.num_servers):
+        for number in range(config.num_servers if recipe.uses_servers else 0):
             port = ports.reserve()
             url = f"http://127.0.0.1:{port}"
             placed[role].append(Server(f"{role}-{number}", url, model_path, config, port))

@@ -54,13 +54,15 @@ def step_metrics(
     Returns:
         Metrics by the names of docs/metrics.md; NaN where a value is.
     """
+    if settings.is_supervised:
+        return _supervised_metrics(plan, values)
     kept_N = plan.mask_N
     student_N = values["student_logprobs"].double()
     log_r = log_ratios(student_N, arrays.teacher_logprobs_N)
     drift_N = student_N - arrays.behavior_logprobs_N
 
     def mean(values_N: torch.Tensor) -> float:
-        return float(values_N[kept_N].double().mean()) if plan.num_kept else 0.0
+        return _mean_of_kept(plan, values_N)
 
     def largest(values_N: torch.Tensor) -> float:
         return float(values_N[kept_N].abs().max()) if plan.num_kept else 0.0
@@ -92,6 +94,20 @@ def step_metrics(
         if name in values:
             metrics[f"train/{name}_frac"] = mean(values[name])
     return metrics | _by_position(log_r, arrays, kept_N)
+
+
+def _mean_of_kept(plan: TokenPlan, values_N: torch.Tensor) -> float:
+    return float(values_N[plan.mask_N].double().mean()) if plan.num_kept else 0.0
+
+
+def _supervised_metrics(plan: TokenPlan, values: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """Of given responses: nothing that compares with a teacher or a rollout engine."""
+    return plan.metrics | {
+        "train/loss": _mean_of_kept(plan, values["losses"]),
+        "train/cross_entropy": -_mean_of_kept(plan, values["student_logprobs"]),
+        "train/tokens": float(plan.num_kept),
+        "train/entropy": _mean_of_kept(plan, values["student_entropy"]),
+    }
 
 
 def _by_position(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from opd_megatron.config.schema import SUPPORTS, ObjectiveConfig
+from opd_megatron.config.schema import SUPERVISED_ESTIMATOR, SUPPORTS, ObjectiveConfig
 from opd_megatron.errors import ConfigError, did_you_mean
 from opd_megatron.losses.settings import SUPPORT_ESTIMATORS
 
@@ -39,6 +39,10 @@ class Objective:
     def name(self) -> str:
         parts = (self.divergence, self.estimator, self.measure, self.token_weights)
         return "/".join(part for part in parts if part)
+
+    @property
+    def is_supervised(self) -> bool:
+        return self.estimator == SUPERVISED_ESTIMATOR
 
     @property
     def proven(self) -> bool:
@@ -134,6 +138,19 @@ def _rows() -> tuple[Objective, ...]:
                 "reverse_kl", "topk_surrogate", measure, weights, target, descends, why, _RETHINKING
             )
         )
+    target = "KL(data || pi)"
+    rows.append(
+        Objective(
+            "forward_kl",
+            SUPERVISED_ESTIMATOR,
+            "",
+            "",
+            target,
+            target,
+            "",
+            "negative log-likelihood",
+        )
+    )
     return tuple(rows)
 
 
@@ -171,6 +188,13 @@ def find_objective(objective: ObjectiveConfig) -> Objective:
     for row in OBJECTIVES:
         if _key_of(row) == wanted:
             return row
+    if objective.estimator == SUPERVISED_ESTIMATOR:
+        raise ConfigError.of(
+            "objective.divergence",
+            objective.divergence,
+            "cross_entropy on given responses descends KL(data || student)",
+            "set objective.divergence=forward_kl",
+        )
     if objective.divergence != "reverse_kl":
         raise ConfigError.of(
             "objective.estimator",

@@ -111,6 +111,35 @@ def _together(settings: LossSettings) -> Iterator[ConfigError]:
             )
 
 
+def _supervised(settings: LossSettings) -> Iterator[ConfigError]:
+    """Parts that need a rollout, a teacher or a reward, which given responses do not have."""
+    if not settings.is_supervised:
+        return
+    given = "the responses of objective.estimator=cross_entropy are given"
+    wanted = (
+        ("correction.kind", settings.correction.kind, "none", "no engine sampled them"),
+        ("whitening.scope", settings.whitening.scope, "none", "there is no advantage to whiten"),
+        ("task.coefficient", settings.task.coefficient, 0.0, "a reward of them teaches nothing"),
+        ("batch.updates_per_step", settings.updates_per_step, 1, "there is no old policy to clip"),
+        (
+            "objective.report_overlap",
+            settings.objective.report_overlap,
+            False,
+            "there is no support",
+        ),
+    )
+    for key, value, allowed, why in wanted:
+        if value != allowed:
+            yield ConfigError.of(key, value, f"{given}: {why}", f"set {key}={str(allowed).lower()}")
+    if settings.filter.score in ("kl", "teacher_entropy"):
+        yield ConfigError.of(
+            "filter.score",
+            settings.filter.score,
+            f"{given}: no teacher scores them",
+            "use student_entropy or none",
+        )
+
+
 def _biased(settings: LossSettings, row: Objective) -> Iterator[ConfigError]:
     objective = settings.objective
     allow = "set objective.allow_biased=true to do it all the same"
@@ -140,7 +169,9 @@ def _biased(settings: LossSettings, row: Objective) -> Iterator[ConfigError]:
                 f"with {key}={value} {what} needs the ratio of the whole response",
                 f"use correction.level=sequence or correction.kind=none, or {allow}",
             )
-    if objective.normalization == "sequence_mean" and not settings.has_support:
+    # Given responses have the length that they have.
+    is_sampled = not settings.has_support and not settings.is_supervised
+    if objective.normalization == "sequence_mean" and is_sampled:
         yield ConfigError.of(
             "objective.normalization",
             "sequence_mean",
@@ -174,7 +205,7 @@ def check_settings(settings: LossSettings) -> Objective:
         ConfigError: see above; the first violation.
     """
     row = find_objective(settings.objective)
-    for error in (*_parameters(settings), *_together(settings)):
+    for error in (*_parameters(settings), *_supervised(settings), *_together(settings)):
         raise error
     if not settings.objective.allow_biased:
         for error in _biased(settings, row):

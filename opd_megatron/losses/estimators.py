@@ -12,6 +12,7 @@ that is not the divergence the recipe names, the estimator is biased and the rec
     k3_as_advantage     A = -(1/r - 1 + l)   KL(pi || q) - KL(q || pi)
     k2_differentiated   A = -l               KL(pi || q): grad(l^2 / 2) = l grad log pi, as k1
     k3_differentiated   A = 1/r - 1          KL(q || pi): grad(1/r - 1 + l) = (1 - 1/r) grad log pi
+    cross_entropy       A = 1, y ~ data      KL(data || pi): E_data[-log pi] without the data's entropy
 
 f(r)/r, l^2/2 and 1/r - 1 + l are fine estimates of a divergence's VALUE (Schulman 2020,
 "Approximating KL divergence"); the bias comes from using them in place of its derivative. k1
@@ -74,3 +75,9 @@ def k2_differentiated(_: Divergence) -> Advantage:
 def k3_differentiated(_: Divergence) -> Advantage:
     """A = 1/r - 1: backpropagating 1/r - 1 + l."""
     return lambda log_r: torch.expm1(-log_r)
+
+
+@ESTIMATORS.register("cross_entropy")
+def cross_entropy(_: Divergence) -> Advantage:
+    """A = 1 at tokens that the data gives: the loss is their negative log-likelihood."""
+    return torch.ones_like

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from opd_megatron.config.schema import (
+    SUPERVISED_ESTIMATOR,
     CorrectionConfig,
     FilterConfig,
     ObjectiveConfig,
@@ -46,6 +47,11 @@ class LossSettings:
     def has_support(self) -> bool:
         """The loss looks at a set of tokens at every position."""
         return self.objective.estimator in SUPPORT_ESTIMATORS
+
+    @property
+    def is_supervised(self) -> bool:
+        """The responses are the data's: there is neither a teacher nor a behavior policy."""
+        return self.objective.estimator == SUPERVISED_ESTIMATOR
 
     @property
     def teacher_topk(self) -> int:

@@ -72,8 +72,8 @@ class TokenInputs:
     """What is recorded about the tokens of a micro-batch. Position t belongs to `target_ids_T[t]`.
 
     behavior_logprobs_T, teacher_logprobs_T: [T] float32, of the sampled token; any number where
-        the mask is 0. -inf from the teacher is an ordinary input: the log-ratio is bounded to
-        +-60 nats.
+        the mask is 0, and 0 for given responses, which the data is sure of. -inf from the teacher
+        is an ordinary input: the log-ratio is bounded to +-60 nats.
     mask_T: [T] bool or 0/1 float, 1 for response tokens that train.
     support: needed by the support estimators, else None.
     planned: needed where `LossSettings.needs_scores` or a task term is set, else None.
@@ -106,8 +106,8 @@ def _cut(value: Any, rows: slice) -> Any:
 class TokenLossOutput:
     """`loss_sum` carries the gradient; everything else is detached and 0 where the mask is.
 
-    losses_T: its terms. advantages_T: credit of the sampled token (for support estimators log q -
-    log pi, which only shows what the teacher thinks of it). weights_T: importance weights.
+    losses_T: its terms. advantages_T: credit of the sampled token (for support estimators and given
+    responses log q - log pi, which only shows what the teacher thinks of it). weights_T: importance weights.
     outside_T: bool, the ratio left its bounds. extras: per-token values of the support estimators
     and of clipping, by name.
     """
@@ -183,9 +183,9 @@ class _TokenLoss:
             divergence_T, more = self._support_terms(stats, inputs, kept_T)
             loss_T = loss_T + self.settings.objective.coefficient * divergence_T
             extras |= more
+        shown_T = advantages_T
+        if self.settings.has_support or self.settings.is_supervised:
             shown_T = torch.where(kept_T, -log_ratios(student_T, inputs.teacher_logprobs_T), zero)
-        else:
-            shown_T = advantages_T
         # Not weight * loss where the mask is 0: the loss there may be anything.
         loss_T = torch.where(kept_T, weights_T * loss_T, zero)
         if self.settings.objective.entropy_bonus:

@@ -74,14 +74,16 @@ def evaluation_line(row: Mapping[str, Any]) -> str | None:
     return " ".join(parts)
 
 
-def demo_line(summary: Mapping[str, Any]) -> str:
-    """The last line of the demo, from the content of summary.json."""
-    return (
-        f"demo: accuracy {summary['accuracy_before']:.1%} \u2192 {summary['accuracy_after']:.1%} "
-        f"(teacher {summary['teacher_accuracy']:.1%}) \u00b7 KL {summary['kl_before']:.3f} \u2192 "
-        f"{summary['kl_after']:.3f} nats/token \u00b7 {summary['steps']} steps \u00b7 "
-        f"{summary['wall_s']:.0f} s"
-    )
+def result_line(summary: Mapping[str, Any]) -> str:
+    """The last line of a run with an evaluation, from the content of summary.json."""
+    accuracy = f"accuracy {summary['accuracy_before']:.1%} \u2192 {summary['accuracy_after']:.1%}"
+    if summary["teacher_accuracy"] is not None:
+        accuracy += f" (teacher {summary['teacher_accuracy']:.1%})"
+    parts = [accuracy]
+    if summary["kl_before"] is not None:
+        parts.append(f"KL {summary['kl_before']:.3f} \u2192 {summary['kl_after']:.3f} nats/token")
+    parts += [f"{summary['steps']} steps", f"{summary['wall_s']:.0f} s"]
+    return f"{summary['recipe']}: " + " \u00b7 ".join(parts)
 
 
 class RunConsole:

@@ -63,6 +63,9 @@ METRICS: tuple[Metric, ...] = (
            "Policy-gradient surrogate per token, -weight * advantage * student log-prob with "
            "advantage and weight detached; only its gradient has a meaning, so judge a run by the "
            "KLs."),
+    Metric("train/cross_entropy", "nats/token", _MEAN, _LEARNER,
+           "Mean of -log pi over the tokens of the given responses (objective.estimator=cross_entropy "
+           "only); its floor is the entropy of the data."),
     Metric("train/kl_reverse", "nats/token", _MEAN, _LEARNER,
            "Estimate of KL(student || teacher) from the sampled tokens of the step, the mean of "
            "log pi - log q; noise can make it negative."),

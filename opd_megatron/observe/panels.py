@@ -104,6 +104,20 @@ _LEARNED = Section(
         ),
     ),
 )
+_SUPERVISED = Section(
+    "How well does it predict the given responses?",
+    (
+        Panel(
+            "Cross-entropy",
+            "nats/token",
+            (Curve("train/cross_entropy", "train batch"),),
+            "Good: falls and levels off at the entropy of the data. Over several epochs it goes on "
+            "falling while the held-out accuracy does not: then it learns by heart.",
+            low=0.0,
+        ),
+    ),
+    optional=True,
+)
 _STABLE = Section(
     "Is training stable?",
     (
@@ -240,4 +254,4 @@ _TRAINED_ON = Section(
     ),
     optional=True,
 )
-SECTIONS = (_LEARNED, _STABLE, _ON_POLICY, _TRAINED_ON)
+SECTIONS = (_LEARNED, _SUPERVISED, _STABLE, _ON_POLICY, _TRAINED_ON)

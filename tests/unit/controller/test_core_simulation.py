@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import random
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -41,7 +42,14 @@ def samples(group: tuple[Rollout, ...]) -> tuple[Sample, ...]:
 class World:
     """Plays every role, with faults drawn from one seed. `lineage` is what the newest commit stands for."""
 
-    def __init__(self, seed: int, fault_rate: float = 0.1, kill_rate: float = 0.02) -> None:
+    def __init__(
+        self,
+        seed: int,
+        fault_rate: float = 0.1,
+        kill_rate: float = 0.02,
+        settings: CoreSettings = SETTINGS,
+    ) -> None:
+        self.settings = settings
         self.random = random.Random(seed)
         self.fault_rate, self.kill_rate = fault_rate, kill_rate
         self.commit: dict | None = None
@@ -50,7 +58,7 @@ class World:
         self.boot()
 
     def boot(self) -> None:
-        self.core = Core(SETTINGS, copy.deepcopy(self.commit))
+        self.core = Core(self.settings, copy.deepcopy(self.commit))
         self.lineage = list(self.committed_lineage)
         self.server_version = self.core.version
         self.pending: list[p.Action] = []
@@ -74,6 +82,8 @@ class World:
                 if fault:
                     kind = self.random.choice(["refused", "contract"])
                     return [p.PromptFailed(position, attempt, kind, "injected")]
+                if not self.settings.publish_always:  # given responses are of the trained version
+                    return [p.Generated(position, attempt, rollouts(position, self.core.version))]
                 stale = self.random.random() < self.fault_rate / 2
                 version = self.server_version - 1 if stale else self.server_version
                 event = p.Generated(position, attempt, rollouts(position, version))
@@ -94,6 +104,7 @@ class World:
                 self.server_version = version
                 return [p.Synced(version)]
             case p.Evaluate(step):
+                assert self.server_version == step, "an evaluation measures the newest weights"
                 return [p.Evaluated(step, {"eval/heldout/accuracy": 0.5})]
             case p.Save(step, state):
                 self.commit = copy.deepcopy(state)
@@ -117,12 +128,15 @@ class World:
         raise AssertionError("did not end")
 
 
+@pytest.mark.parametrize("publish_always", [True, False])
 @pytest.mark.parametrize("block", range(4))
-def test_every_schedule_ends_with_each_prompt_trained_once(block: int) -> None:
+def test_every_schedule_ends_with_each_prompt_trained_once(
+    block: int, publish_always: bool
+) -> None:
     outcomes: Counter[str] = Counter()
     kills = 0
     for seed in range(block * 250, block * 250 + 250):
-        world = World(seed)
+        world = World(seed, settings=replace(SETTINGS, publish_always=publish_always))
         outcome = world.run()
         kills += world.kills
         outcomes[type(outcome).__name__] += 1
@@ -147,6 +161,21 @@ def test_without_faults_positions_are_trained_in_order() -> None:
     assert [positions for _, positions in world.lineage] == [
         (3 * s, 3 * s + 1, 3 * s + 2) for s in range(SETTINGS.steps)
     ]
+
+
+def test_weights_of_given_responses_are_published_for_evaluations_and_at_the_end_only() -> None:
+    settings = replace(SETTINGS, publish_always=False)
+    world = World(seed=1, fault_rate=0.0, kill_rate=0.0, settings=settings)
+    honest, published = world.answer, []
+
+    def answer(action: p.Action) -> list[p.Event]:
+        if isinstance(action, p.SyncWeights):
+            published.append(action.version)
+        return honest(action)
+
+    world.answer = answer  # type: ignore[method-assign]
+    assert isinstance(world.run(), p.Finish)
+    assert published == [3, 6, 7]
 
 
 def test_steps_not_applied_in_a_row_stop_the_run_with_the_reason() -> None:

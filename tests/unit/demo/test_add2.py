@@ -12,9 +12,10 @@ from opd_megatron.demo.add2 import (
     all_prompts,
     is_held_out,
     write_dataset,
+    write_demonstrations,
     write_derivation,
 )
-from opd_megatron.demo.make_models import DATA_SEED, NUM_HELDOUT, NUM_TRAIN
+from opd_megatron.demo.make_models import DATA_SEED, NUM_DEMONSTRATIONS, NUM_HELDOUT, NUM_TRAIN
 
 SHIPPED = Path(__file__).parents[3] / "recipes" / "demo"
 
@@ -43,7 +44,8 @@ def test_longest_response_fits_the_token_limit_exactly() -> None:
 
 def test_shipped_data_is_what_the_script_writes(tmp_path: Path) -> None:
     write_dataset(tmp_path, NUM_TRAIN, NUM_HELDOUT, DATA_SEED)
-    for name in ("train.jsonl", "heldout.jsonl"):
+    write_demonstrations(tmp_path / "demonstrations.jsonl", NUM_DEMONSTRATIONS, DATA_SEED)
+    for name in ("train.jsonl", "heldout.jsonl", "demonstrations.jsonl"):
         assert (SHIPPED / name).read_bytes() == (tmp_path / name).read_bytes()
 
 

@@ -59,6 +59,7 @@ def step_metrics(step: int, steps: int, noise: random.Random) -> dict[str, float
         "train/loss": kl * noise.gauss(1, 0.15),
         "train/kl_reverse": kl * noise.gauss(1, 0.12),
         "train/kl_forward": 0.8 * kl * abs(noise.gauss(1, 0.35)),
+        "train/cross_entropy": 0.1 + kl,
         "train/entropy": 0.11 + 0.28 * math.exp(-3 * step / steps) + noise.gauss(0, 0.006),
         "train/grad_norm": 1.4 + abs(noise.gauss(0, 0.4)),
         "train/lr": 1e-3,

@@ -6,7 +6,7 @@ import io
 
 import pytest
 
-from opd_megatron.observe.console import RunConsole, demo_line, evaluation_line, step_line
+from opd_megatron.observe.console import RunConsole, evaluation_line, result_line, step_line
 from opd_megatron.observe.formats import encodable, human_count, human_duration, human_value
 
 ROW = {
@@ -19,6 +19,7 @@ ROW = {
     "perf/step_s": 1.0667,
 }
 SUMMARY = {
+    "recipe": "demo",
     "accuracy_before": 0.3464,
     "accuracy_after": 0.9049,
     "teacher_accuracy": 0.966,
@@ -104,16 +105,23 @@ def test_console_is_plain_and_never_wraps_where_there_is_no_terminal() -> None:
     assert stream.getvalue() == line + "\n[rollout-0] ready after 41s\n"
 
 
-def test_demo_line() -> None:
-    assert demo_line(SUMMARY) == (
+def test_result_line() -> None:
+    assert result_line(SUMMARY) == (
         "demo: accuracy 34.6% \u2192 90.5% (teacher 96.6%) \u00b7 KL 0.627 \u2192 0.076 nats/token "
         "\u00b7 80 steps \u00b7 181 s"
+    )
+
+
+def test_the_result_line_leaves_out_what_was_not_measured() -> None:
+    summary = {**SUMMARY, "recipe": "demo_sft", "teacher_accuracy": None, "kl_before": None}
+    assert (
+        result_line(summary) == "demo_sft: accuracy 34.6% \u2192 90.5% \u00b7 80 steps \u00b7 181 s"
     )
 
 
 def test_a_stream_that_holds_only_ascii_does_not_end_the_run() -> None:
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, encoding="ascii")
-    RunConsole(1, stream).say(demo_line(SUMMARY))
+    RunConsole(1, stream).say(result_line(SUMMARY))
     assert raw.getvalue().decode("ascii").startswith("demo: accuracy 34.6% -> 90.5% (teacher")
     assert encodable("\u4e2d", "ascii") == "\\u4e2d"
