@@ -23,7 +23,7 @@ class Case:
         topk: supports K to measure; every method runs with `main_topk`, some with all of them.
         seed: of every random tensor.
         max_repeats: timed calls a method, at most.
-        max_seconds: no further round of timed calls starts after this long, once three have run, and
+        max_seconds: no further round of timed calls starts after this long, once seven have run, and
             after five times as long in any case.
     """
 

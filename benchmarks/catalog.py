@@ -205,6 +205,13 @@ METHODS = (
         package="torchtune",
     ),
     _ours("ours logits by matmul, dense in place", DENSE_HEAD, "ours_fused:dense_head"),
+    _ours("ours chunked, gradient in forward", DENSE_HEAD, "ours_fused:dense_chunked"),
+    _ours(
+        "ours chunked, into main_grad",
+        DENSE_HEAD,
+        "ours_fused:dense_chunked_into_main_grad",
+        weight_grad=False,
+    ),
     _baseline("naive", DENSE_HEAD, "naive_dense_head", _DENSE),
     Method(
         "TRL ChunkedDivergenceFunction",
@@ -218,6 +225,14 @@ METHODS = (
         "Liger LigerFusedLinearJSDLoss",
         DENSE_HEAD,
         "peer_liger:jsd",
+        f"{_DENSE}; bfloat16",
+        (DENSE,),
+        package="liger-kernel",
+    ),
+    Method(
+        "Liger LigerFusedLinearJSDLoss, in eighths",
+        DENSE_HEAD,
+        "peer_liger:jsd_in_eighths",
         f"{_DENSE}; bfloat16",
         (DENSE,),
         package="liger-kernel",

@@ -25,7 +25,7 @@ from benchmarks.inputs import Inputs, describe, make_inputs
 from benchmarks.measure import Seconds, clock, extra_peak_bytes
 from benchmarks.objective import checked_rows, reference_logits_grad, relative_error
 
-_MIN_REPEATS = 3
+_MIN_REPEATS = 7
 # Before that many rounds, a method may take so many times `max_seconds`.
 _PATIENCE = 5
 

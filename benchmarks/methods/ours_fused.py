@@ -15,7 +15,8 @@ from benchmarks.objective import combine
 from opd_megatron.config.schema import ObjectiveConfig
 from opd_megatron.losses.divergences import reverse_kl
 from opd_megatron.losses.fused.chunked import chunked_loss
-from opd_megatron.losses.fused.dense import dense_stats
+from opd_megatron.losses.fused.dense import DenseStats, dense_stats
+from opd_megatron.losses.fused.dense_chunked import chunked_dense_loss
 from opd_megatron.losses.fused.recompute import recompute_token_stats
 from opd_megatron.losses.fused.rows import Backend
 from opd_megatron.losses.token_stats import TokenStats
@@ -120,3 +121,46 @@ def dense_head(inputs: Inputs, topk: int) -> Call:
         return from_logits(hidden_TH @ weight_VH.t(), teacher_logits_TV)
 
     return call
+
+
+def _dense_chunked(inputs: Inputs, weight_main_grad: torch.Tensor | None) -> Call:
+    divergence = reverse_kl(ObjectiveConfig())
+
+    def chunk_loss(stats: DenseStats, rows: slice) -> tuple[torch.Tensor, None]:
+        return (inputs.token_weights_T[rows] * stats.divergence_T).sum(), None
+
+    def call(
+        hidden_TH: torch.Tensor,
+        weight_VH: torch.Tensor,
+        teacher_hidden_TH: torch.Tensor,
+        teacher_weight_VH: torch.Tensor,
+    ) -> torch.Tensor:
+        def teacher_logits(rows: slice) -> torch.Tensor:
+            return teacher_hidden_TH[rows] @ teacher_weight_VH.t()
+
+        loss, _ = chunked_dense_loss(
+            hidden_TH,
+            weight_VH,
+            teacher_logits,
+            inputs.target_ids_T,
+            divergence,
+            chunk_loss,
+            vocab_size=weight_VH.shape[0],
+            backend=_backend(hidden_TH),
+            weight_main_grad=weight_main_grad,
+        )
+        return loss
+
+    return call
+
+
+def dense_chunked(inputs: Inputs, topk: int) -> Call:
+    del topk
+    return _dense_chunked(inputs, None)
+
+
+def dense_chunked_into_main_grad(inputs: Inputs, topk: int) -> Call:
+    """The weight's gradient goes to the float32 buffer that Megatron keeps, not to a new tensor."""
+    del topk
+    main_grad_VH = torch.zeros_like(inputs.weight_VH, dtype=torch.float32, requires_grad=False)
+    return _dense_chunked(inputs, main_grad_VH)

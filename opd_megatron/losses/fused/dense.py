@@ -78,7 +78,9 @@ class DenseStats:
 
 
 @dataclass(frozen=True)
-class _Settings:
+class DenseSettings:
+    """How a pair of logits is worked on; made by `dense_stats` and `dense_chunked`."""
+
     shard: Shard
     scales: tuple[float, float]
     functions: RowFunctions
@@ -112,7 +114,7 @@ class _DenseStats(torch.autograd.Function):
         student_TV: torch.Tensor,
         teacher_TV: torch.Tensor,
         ids_TJ: torch.Tensor,
-        settings: _Settings,
+        settings: DenseSettings,
     ) -> tuple[torch.Tensor, ...]:
         shard, scales = settings.shard, settings.scales
         local_ids_TJ = shard.local_ids(ids_TJ)
@@ -148,7 +150,7 @@ class _DenseStats(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grads: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
-        settings: _Settings = ctx.settings
+        settings: DenseSettings = ctx.settings
         student_TV, teacher_TV, local_ids_TJ, slope_sum_T, *saved = ctx.saved_tensors
         log_z_T, entropy_T, logprobs_TJ, teacher_log_z_T, _, teacher_logprobs_TJ = saved
         row = RowGradient(
@@ -172,6 +174,26 @@ class _DenseStats(torch.autograd.Function):
         grad = DenseGradient(grads[0], slope_sum_T, row)
         settings.rows.gradient(pair, teacher_logprobs_TJ, grad, out_TV[:, :num_real])
         return out_TV, None, None, None
+
+
+def apply_dense(
+    student_TV: torch.Tensor,
+    teacher_TV: torch.Tensor,
+    ids_TJ: torch.Tensor,
+    settings: DenseSettings,
+    has_support: bool,
+) -> DenseStats:
+    """`dense_stats` for inputs that were checked."""
+    apply = cast(
+        Callable[..., tuple[torch.Tensor, ...]],
+        _DenseStats.apply,  # pyright: ignore[reportUnknownMemberType]
+    )
+    outputs = apply(student_TV, teacher_TV.detach(), ids_TJ, settings)
+    return DenseStats(
+        divergence_T=outputs[0],
+        student=stats_of(Merged(*outputs[1:4]), has_support),
+        teacher=stats_of(Merged(*outputs[4:7]), has_support),
+    )
 
 
 def dense_stats(
@@ -231,7 +253,7 @@ def dense_stats(
     if grad_in_place:
         check_overwritable("local_logits_TV", local_logits_TV)
     functions = row_functions(backend, local_logits_TV.device, local_logits_TV.dtype)
-    settings = _Settings(
+    settings = DenseSettings(
         shard=shard,
         scales=(1.0 / temperature, 1.0 / teacher_temperature),
         functions=functions,
@@ -239,14 +261,6 @@ def dense_stats(
         allow_nan=allow_nan,
         grad_in_place=grad_in_place,
     )
-    apply = cast(
-        Callable[..., tuple[torch.Tensor, ...]],
-        _DenseStats.apply,  # pyright: ignore[reportUnknownMemberType]
-    )
-    outputs = apply(local_logits_TV, teacher_local_logits_TV.detach(), ids_TJ, settings)
-    has_support = support_ids_TJ is not None
-    return DenseStats(
-        divergence_T=outputs[0],
-        student=stats_of(Merged(*outputs[1:4]), has_support),
-        teacher=stats_of(Merged(*outputs[4:7]), has_support),
+    return apply_dense(
+        local_logits_TV, teacher_local_logits_TV, ids_TJ, settings, support_ids_TJ is not None
     )

@@ -66,25 +66,27 @@ class Head:
         """Local row sums of a chunk."""
         return self.functions.moments(logits_CV, local_ids_CJ, self.scale)
 
-    def add_gradients(
+    def overwrite(self, logits_CV: torch.Tensor, row: RowGradient) -> None:
+        """Replace a chunk's logits by their gradient."""
+        self.functions.gradient(logits_CV, logits_CV, row, self.scale)
+
+    def add_products(
         self,
         rows: slice,
-        logits_CV: torch.Tensor,
-        row: RowGradient,
+        dlogits_CV: torch.Tensor,
         hidden_grad_TH: torch.Tensor | None,
         weight_grad_VH: torch.Tensor | None,
     ) -> None:
-        """Overwrite a chunk's logits with their gradient and pass it to hidden and weight.
+        """Pass the gradient of a chunk's logits on to hidden states and weight.
 
         hidden_grad_TH: its rows are set to this rank's part of the sum over the vocabulary.
         weight_grad_VH: float32 (float64), added to.
         """
-        self.functions.gradient(logits_CV, logits_CV, row, self.scale)
         num_real = self.shard.num_real
         if hidden_grad_TH is not None:
-            torch.mm(logits_CV, self.local_weight_VH[:num_real], out=hidden_grad_TH[rows])
+            torch.mm(dlogits_CV, self.local_weight_VH[:num_real], out=hidden_grad_TH[rows])
         if weight_grad_VH is not None:
-            _add_product(weight_grad_VH[:num_real], logits_CV, self.hidden_TH[rows])
+            _add_product(weight_grad_VH[:num_real], dlogits_CV, self.hidden_TH[rows])
 
     def new_weight_grad(self) -> torch.Tensor:
         """Zeros to add the weight's gradient to."""

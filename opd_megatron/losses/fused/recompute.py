@@ -122,7 +122,8 @@ class _RecomputeStats(torch.autograd.Function):
         if ctx.needs_input_grad[1] and weight_grad is None:
             weight_grad = head.new_weight_grad()
         for rows, logits_CV in head.chunks():
-            head.add_gradients(rows, logits_CV, row.rows(rows), hidden_grad, weight_grad)
+            head.overwrite(logits_CV, row.rows(rows))
+            head.add_products(rows, logits_CV, hidden_grad, weight_grad)
         if hidden_grad is not None and settings.reduce_hidden_grad:
             sum_over_ranks(hidden_grad, settings.shard.group)
         if weight_grad is None or settings.weight_main_grad is not None:

@@ -21,7 +21,8 @@ from opd_megatron.losses.checks import LossInputError
 from opd_megatron.losses.divergences import make_divergence
 from opd_megatron.losses.filters import gather_scores, percentile_window
 from opd_megatron.losses.fused.chunked import chunked_loss
-from opd_megatron.losses.fused.dense import dense_stats
+from opd_megatron.losses.fused.dense import DenseStats, dense_stats
+from opd_megatron.losses.fused.dense_chunked import chunked_dense_loss
 from opd_megatron.losses.fused.recompute import recompute_token_stats
 from opd_megatron.losses.sequences import Sequences
 from opd_megatron.losses.token_stats import TokenStats, token_stats
@@ -29,7 +30,16 @@ from opd_megatron.losses.vocab_topk import vocab_topk
 from opd_megatron.losses.whitening import whiten
 
 WORLD_SIZE = 4
-MODES = ("in_place", "dense", "chunked", "chunked_partial", "recompute", "recompute_partial")
+MODES = (
+    "in_place",
+    "dense",
+    "dense_chunked",
+    "dense_chunked_partial",
+    "chunked",
+    "chunked_partial",
+    "recompute",
+    "recompute_partial",
+)
 MODE_CASES = ("plain", "padded", "empty_rank")
 
 
@@ -57,6 +67,13 @@ def local_loss(stats: TokenStats, rows: slice) -> tuple[torch.Tensor, slice]:
     if stats.support_logprobs_TJ is not None:
         loss_T = loss_T + (stats.support_logprobs_TJ.exp() * stats.support_logprobs_TJ).sum(-1)
     return loss_T.sum(), rows
+
+
+def local_dense_loss(stats: DenseStats, rows: slice) -> tuple[torch.Tensor, slice]:
+    """A token-local loss of the divergence and of the student's statistics."""
+    loss, rows = local_loss(stats.student, rows)
+    weights = torch.linspace(0.5, 1.5, 16, dtype=torch.float64)[rows]
+    return loss + (weights.to(stats.divergence_T) * stats.divergence_T).sum(), rows
 
 
 def calls_of(run: Callable[[], torch.Tensor]) -> tuple[int, int]:
@@ -150,6 +167,17 @@ def run_mode(
                 **kwargs,
             )
             losses.append(found.divergence_T.sum().square() + probe_loss(found.student))
+        elif mode.startswith("dense_chunked"):
+            losses.append(
+                chunked_dense_loss(
+                    teacher_logits=lambda rows: teacher.detach()[rows],
+                    divergence=make_divergence(ObjectiveConfig(divergence="jsd")),
+                    chunk_loss=local_dense_loss,
+                    teacher_temperature=1.2,
+                    **head,
+                    **kwargs,
+                )[0]
+            )
         elif mode.startswith("chunked"):
             losses.append(chunked_loss(chunk_loss=local_loss, **head, **kwargs)[0])
         else:

@@ -135,6 +135,8 @@ COLLECTIVES = {
     "dense": (3, 0),
     "chunked": (2 * 3, 1),
     "chunked_partial": (2 * 3, 0),
+    "dense_chunked": (3 * 3, 1),
+    "dense_chunked_partial": (3 * 3, 0),
     "recompute": (2, 1),
     "recompute_partial": (2, 0),
 }
