@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from opd_megatron.config.divergences import DIVERGENCES
+
 
 def choice(default: str, *names: str) -> Any:
     """A string field limited to `names`."""
@@ -106,17 +108,7 @@ class ObjectiveConfig:
     `allow_biased`.
     """
 
-    divergence: str = choice(
-        "reverse_kl",
-        "reverse_kl",
-        "forward_kl",
-        "jsd",
-        "squared_hellinger",
-        "alpha",
-        "tsallis",
-        "chi2",
-        "total_variation",
-    )
+    divergence: str = choice("reverse_kl", *DIVERGENCES)
     estimator: str = choice(
         "policy_gradient",
         "policy_gradient",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from opd_megatron.config.divergences import DIVERGENCES
 from opd_megatron.config.schema import SUPERVISED_ESTIMATOR, SUPPORTS, ObjectiveConfig
 from opd_megatron.errors import ConfigError, did_you_mean
 from opd_megatron.losses.settings import SUPPORT_ESTIMATORS
@@ -54,16 +55,6 @@ class Objective:
         return SUPPORTS if self.measure else ()
 
 
-_TARGETS = {
-    "reverse_kl": ("KL(pi || q)", "Tinker, MiniLLM; k1"),
-    "forward_kl": ("KL(q || pi)", "Hinton 2015 on student samples"),
-    "jsd": ("w KL(q || m) + (1-w) KL(pi || m), m = w q + (1-w) pi", "Lin 1991; GKD 2306.13649"),
-    "squared_hellinger": ("sum (sqrt pi - sqrt q)^2 / 2", "Csiszar 1967"),
-    "alpha": ("(sum pi^a q^(1-a) - 1) / (a (a-1))", "Cichocki and Amari 2010"),
-    "tsallis": ("(sum pi^a q^(1-a) - 1) / (a - 1)", "Tsallis 1998"),
-    "chi2": ("sum (pi - q)^2 / q", "Pearson"),
-    "total_variation": ("sum |pi - q| / 2", "f-DISTILL 2307.15190"),
-}
 # Summed over a part of the vocabulary it is this form that is meant; over all of it nothing changes.
 _LOCAL_TARGETS = {
     "alpha": "sum (pi^a q^(1-a) - a pi - (1-a) q) / (a (a-1))",
@@ -112,12 +103,12 @@ def _sampled_rows(divergence: str, target: str, source: str) -> list[Objective]:
 
 def _rows() -> tuple[Objective, ...]:
     rows: list[Objective] = []
-    for divergence, (target, source) in _TARGETS.items():
+    for divergence, (target, source) in DIVERGENCES.items():
         rows += _sampled_rows(divergence, target, source)
-    target = _TARGETS["reverse_kl"][0]
+    target = DIVERGENCES["reverse_kl"][0]
     for estimator, (descends, why) in _REVERSE_KL_ONLY.items():
         rows.append(Objective("reverse_kl", estimator, "", "", target, descends, why, _SCHULMAN))
-    for divergence, (formula, source) in _TARGETS.items():
+    for divergence, (formula, source) in DIVERGENCES.items():
         for measure, words in _MEASURES.items():
             if measure in ("raw", "generalized"):
                 formula = _LOCAL_TARGETS.get(divergence, formula)

@@ -28,6 +28,7 @@ import torch
 from opd_megatron.losses.divergences import Divergence
 from opd_megatron.registry import Registry
 
+# log(pi / q) of sampled tokens -> advantage, the same shape and dtype; nats for the KLs, else no unit.
 Advantage = Callable[[torch.Tensor], torch.Tensor]
 
 ESTIMATORS: Registry[Callable[[Divergence], Advantage]] = Registry("estimator")
@@ -35,7 +36,7 @@ ESTIMATORS: Registry[Callable[[Divergence], Advantage]] = Registry("estimator")
 
 @ESTIMATORS.register("policy_gradient")
 def policy_gradient(divergence: Divergence) -> Advantage:
-    """A = -(f'(r) - f'(1))."""
+    """A = -(f'(r) - f'(1)); its expected gradient is that of D_f. Source: docs/losses.md, from Csiszar 1967."""
     return lambda log_r: -divergence.derivative(log_r)
 
 
@@ -55,25 +56,27 @@ def value_as_advantage(divergence: Divergence) -> Advantage:
 
 @ESTIMATORS.register("k2_as_advantage")
 def k2_as_advantage(_: Divergence) -> Advantage:
-    """A = -l^2 / 2."""
+    """A = -l^2 / 2, k2 as if it were an advantage: descends E_pi[l^2 / 2 - l + 1]. Source of k2: Schulman 2020."""
     return lambda log_r: -0.5 * log_r.square()
 
 
 @ESTIMATORS.register("k3_as_advantage")
 def k3_as_advantage(_: Divergence) -> Advantage:
-    """A = -(1/r - 1 + l)."""
+    """A = -(1/r - 1 + l), k3 as if it were an advantage: descends KL(pi || q) - KL(q || pi). Source of k3: Schulman
+    2020.
+    """
     return lambda log_r: -(torch.expm1(-log_r) + log_r)
 
 
 @ESTIMATORS.register("k2_differentiated")
 def k2_differentiated(_: Divergence) -> Advantage:
-    """A = -l: backpropagating l^2 / 2."""
+    """A = -l: backpropagating k2 = l^2 / 2 descends KL(pi || q), as k1 does. Source of k2: Schulman 2020."""
     return lambda log_r: -log_r
 
 
 @ESTIMATORS.register("k3_differentiated")
 def k3_differentiated(_: Divergence) -> Advantage:
-    """A = 1/r - 1: backpropagating 1/r - 1 + l."""
+    """A = 1/r - 1: backpropagating k3 = 1/r - 1 + l descends KL(q || pi). Source of k3: Schulman 2020."""
     return lambda log_r: torch.expm1(-log_r)
 
 
