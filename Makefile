@@ -9,7 +9,7 @@ JOBS ?= 2
 # Overrides for the recipe, e.g. `make demo ARGS="steps=20 learner.tensor_parallel=1"`.
 ARGS ?=
 
-# What `make bench-loss` runs on: cpu or cuda.
+# What `make bench-loss` and `make bench-step` run on: cpu or cuda.
 DEVICE ?= cpu
 
 # For `make test-gpu`: .venv holds a torch without CUDA, so this is an environment of your own.
@@ -65,6 +65,10 @@ format: install ## Apply the formatter and the safe lint fixes
 bench-loss: install ## Measure the loss against the packaged peers; DEVICE=cuda where there is one (ARGS=--quick)
 	@benchmarks/peers.sh
 	$(BIN)/python -m benchmarks.loss --device $(DEVICE) --write-docs $(ARGS)
+
+.PHONY: bench-step
+bench-step: install ## Measure the learner's step against bare Megatron and its memory against the estimate (ARGS=--quick)
+	$(BIN)/python -m benchmarks.step --device $(DEVICE) --write-docs $(ARGS)
 
 .PHONY: install-launch
 install-launch: install ## Add NeMo-Run to .venv (the extra `launch`)

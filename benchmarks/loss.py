@@ -187,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("not published: --quick, --only and --no-peers leave something out", file=sys.stderr)
     elif args.write_docs:
         _write_record(RESULTS / f"loss-{case.device}.json", record)
-        report.write_between_markers(DOCS_PAGE, case.device, text)
+        report.write_between_markers(DOCS_PAGE, f"loss {case.device}", text)
     for name in failed:
         print(f"failed: {name}", file=sys.stderr)
     return 1 if failed else 0

@@ -32,22 +32,47 @@ def _status_bytes(field: str) -> int:
     raise RuntimeError(f"{_STATUS}: no field {field}; peak memory on a CPU needs Linux")
 
 
-def extra_peak_bytes(call: Callable[[], object], device: str) -> int:
-    """Peak bytes of `call()` over what was allocated before; its result is alive at the end."""
+def give_back(device: str) -> None:
+    """Hand freed memory that the allocator holds back to the kernel (CPU)."""
     gc.collect()
+    if device == "cpu":
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def resident_bytes(device: str) -> int:
+    """What this process holds now."""
+    return torch.cuda.memory_allocated() if device == "cuda" else _status_bytes("VmRSS")
+
+
+def code_bytes(device: str) -> int:
+    """Of these, pages of files: libraries, as far as they were used. No tensors (CPU)."""
+    return 0 if device == "cuda" else _status_bytes("RssFile")
+
+
+def reset_peak(device: str) -> None:
+    """From here on `peak_bytes` counts."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        result = call()
-        torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated()
     else:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
         _CLEAR_REFS.write_text(_RESET_PEAK)
-        before = _status_bytes("VmRSS")
-        result = call()
-        peak = _status_bytes("VmHWM")
+
+
+def peak_bytes(device: str) -> int:
+    """The most that this process held since `reset_peak`."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated()
+    return _status_bytes("VmHWM")
+
+
+def extra_peak_bytes(call: Callable[[], object], device: str) -> int:
+    """Peak bytes of `call()` over what was allocated before; its result is alive at the end."""
+    give_back(device)
+    reset_peak(device)
+    before = resident_bytes(device)
+    result = call()
+    peak = peak_bytes(device)
     del result
     return peak - before
 

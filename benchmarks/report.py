@@ -1,6 +1,6 @@
 """A run as Markdown: hardware, goals, one table a family, the sweep over K; and its place in docs.
 
-docs/benchmarks.md holds, per device, a pair of markers. What stands between them is replaced, the
+docs/benchmarks.md holds, per benchmark and device, a pair of markers. What stands between them is replaced, the
 rest is written by hand.
 """
 
@@ -22,7 +22,8 @@ _TITLES = {
 }
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return ["| " + " | ".join(cells) + " |" for cells in lines]
 
@@ -74,7 +75,7 @@ def _family(run: Run, family: str) -> list[str]:
         gradients = run.case.hidden_size * (run.case.num_tokens + run.case.vocab_size)
         share = 2 * gradients / run.case.logits_bytes
         note = [f"The bfloat16 gradients of hidden states and weight alone are {share:.2f} L.", ""]
-    return [f"**{_TITLES[family]}**", "", *note, *_table(header, rows), ""]
+    return [f"**{_TITLES[family]}**", "", *note, *table(header, rows), ""]
 
 
 def _sweep(run: Run) -> list[str]:
@@ -89,7 +90,7 @@ def _sweep(run: Run) -> list[str]:
             growth = 100 * (measured[-1] / measured[0] - 1)
             rows.append([method.name, *map(_milliseconds, measured), f"{growth:+.1f} %"])
     header = ["method", *(f"K = {topk}, ms" for topk in topks), "growth"]
-    return ["**Support size** (minima)", "", *_table(header, rows), ""]
+    return ["**Support size** (minima)", "", *table(header, rows), ""]
 
 
 def _hardware(facts: dict[str, Any], run: Run, threads: int) -> list[str]:
@@ -131,20 +132,23 @@ def render(record: dict[str, Any], run: Run) -> str:
     ]
     lines = [*_hardware(record["environment"], run, record["threads"]), ""]
     lines += [f"Command: `{record['command']}`", ""]
-    lines += [*_table(["goal", "measured", "target", ""], goal_rows), ""]
+    lines += [*table(["goal", "measured", "target", ""], goal_rows), ""]
     for family in catalog.FAMILIES:
         lines += _family(run, family)
     return "\n".join([*lines, *_sweep(run)])
 
 
-def write_between_markers(path: Path, device: str, text: str) -> None:
-    """Replace what stands between `<!-- loss DEVICE begin -->` and `... end -->` in a page.
+def write_between_markers(path: Path, name: str, text: str) -> None:
+    """Replace what stands between `<!-- NAME begin -->` and `<!-- NAME end -->` in a page.
+
+    Args:
+        name: benchmark and device, e.g. "loss cpu".
 
     Raises:
         ValueError: the page lacks one of the markers.
     """
     page = path.read_text()
-    begin, end = f"<!-- loss {device} begin -->", f"<!-- loss {device} end -->"
+    begin, end = f"<!-- {name} begin -->", f"<!-- {name} end -->"
     if page.count(begin) != 1 or page.count(end) != 1:
         raise ValueError(f"{path}: one '{begin}' and one '{end}' wanted, put them back")
     head, rest = page.split(begin)

@@ -195,17 +195,17 @@ def test_tables_replace_what_stands_between_the_markers(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("a\n<!-- loss cpu begin -->\nold\n<!-- loss cpu end -->\nb\n")
     for _ in range(2):
-        report.write_between_markers(page, "cpu", "new\n")
+        report.write_between_markers(page, "loss cpu", "new\n")
     assert page.read_text() == "a\n<!-- loss cpu begin -->\n\nnew\n\n<!-- loss cpu end -->\nb\n"
     with pytest.raises(ValueError, match="loss cuda begin"):
-        report.write_between_markers(page, "cuda", "new")
+        report.write_between_markers(page, "loss cuda", "new")
 
 
 def test_the_page_has_markers_for_both_devices(tmp_path: Path) -> None:
     copy = tmp_path / "page.md"
     copy.write_text(loss.DOCS_PAGE.read_text())
-    for device in ("cpu", "cuda"):
-        report.write_between_markers(copy, device, "new")
+    for name in ("loss cpu", "loss cuda", "step cpu", "step cuda"):
+        report.write_between_markers(copy, name, "new")
 
 
 def test_the_command_runs_each_method_in_its_process_and_writes_json(
