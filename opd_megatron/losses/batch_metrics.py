@@ -86,7 +86,8 @@ def step_metrics(
     if kind == "truncated":
         metrics["offpolicy/truncated_frac"] = mean(values["outside"])
     if arrays.teacher_entropy_N is not None:
-        metrics["teacher/entropy_topk"] = mean(arrays.teacher_entropy_N)
+        name = "teacher/entropy" if arrays.teacher_entropy_exact else "teacher/entropy_topk"
+        metrics[name] = mean(arrays.teacher_entropy_N)
     for name in ("support_divergence", "support_student_mass", "support_teacher_mass"):
         if name in values:
             metrics[f"train/{name}"] = mean(values[name])

@@ -40,7 +40,8 @@ class BatchArrays:
     response_ids_N: [N] int64, the response of every token; tokens of a response are adjacent.
     groups_B: [B] int64, the prompt of every response.
     rewards_B: [B] float32, or None without a task.
-    teacher_entropy_N: [N] float32, or None where the teachers sent no top-K.
+    teacher_entropy_N: [N] float32, or None where it is not known.
+    teacher_entropy_exact: it is of the whole vocabulary, not a bound from a top-K.
     """
 
     behavior_logprobs_N: torch.Tensor
@@ -50,6 +51,7 @@ class BatchArrays:
     groups_B: torch.Tensor
     rewards_B: torch.Tensor | None = None
     teacher_entropy_N: torch.Tensor | None = None
+    teacher_entropy_exact: bool = False
 
     @property
     def num_responses(self) -> int:

@@ -54,6 +54,11 @@ class LossSettings:
         return self.objective.estimator == SUPERVISED_ESTIMATOR
 
     @property
+    def has_full_support(self) -> bool:
+        """The loss looks at the whole vocabulary, which no list of ids describes."""
+        return self.has_support and self.objective.support == "full"
+
+    @property
     def teacher_topk(self) -> int:
         """K that a served teacher must send; 0 when only the sampled token is needed."""
         needs = self.has_support or self.filter.score == "teacher_entropy"

@@ -76,6 +76,7 @@ class TokenInputs:
         is an ordinary input: the log-ratio is bounded to +-60 nats.
     mask_T: [T] bool or 0/1 float, 1 for response tokens that train.
     support: needed by the support estimators, else None.
+    divergence_T: [T] D over the whole vocabulary, differentiable (`fused.dense`), instead of `support`.
     planned: needed where `LossSettings.needs_scores` or a task term is set, else None.
     """
 
@@ -84,6 +85,7 @@ class TokenInputs:
     mask_T: torch.Tensor
     support: SupportInputs | None = None
     planned: PlannedTokens | None = None
+    divergence_T: torch.Tensor | None = None
 
     def rows(self, rows: slice) -> TokenInputs:
         """The same of some rows."""
@@ -243,13 +245,22 @@ class _TokenLoss:
     def _support_terms(
         self, stats: TokenStats, inputs: TokenInputs, kept_T: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        objective = self.settings.objective
+        if inputs.divergence_T is not None:
+            assert objective.estimator == "support_matching", "combinations.py refuses the others"
+            term_T = torch.where(kept_T, inputs.divergence_T, torch.zeros_like(inputs.divergence_T))
+            everything_T = kept_T.to(term_T.dtype)
+            return term_T, {
+                "support_divergence": term_T.detach(),
+                "support_student_mass": everything_T,
+                "support_teacher_mass": everything_T,
+            }
         if stats.support_logprobs_TJ is None or inputs.support is None:
             missing = "stats.support_logprobs_TJ" if inputs.support else "inputs.support"
             raise LossInputError(
                 f"{missing}: None seen, the {'student' if inputs.support else 'teacher'} at the support "
                 f"wanted, for objective.estimator={self.settings.objective.estimator}"
             )
-        objective = self.settings.objective
         student_TJ, teacher_TJ = stats.support_logprobs_TJ, inputs.support.teacher_logprobs_TJ
         valid_TJ = inputs.support.valid_TJ & kept_T[:, None]
         if objective.estimator == "topk_surrogate":

@@ -124,6 +124,8 @@ METRICS: tuple[Metric, ...] = (
     Metric("teacher/entropy_topk", "nats", _MEAN, _LEARNER,
            "Entropy of the teacher's next-token distribution, known at its top-K, all other tokens "
            "as one: a lower bound."),
+    Metric("teacher/entropy", "nats", _MEAN, _LEARNER,
+           "Entropy of the next-token distribution of teachers inside the learner, exact."),
     # How far the data is from the policy that is trained.
     Metric("offpolicy/age_mean", "versions", _MEAN, _CONTROLLER,
            "Weight versions between the policy that wrote a sample and the one being trained; 0 "
@@ -154,7 +156,8 @@ METRICS: tuple[Metric, ...] = (
            "Response tokens generated per second of perf/rollout_s, all servers together."),
     # What the teachers answer.
     Metric("teacher/latency_p95_s", "s", _MAX, _TEACHER,
-           "95th percentile of the time from request to scores, one request per sequence."),
+           "95th percentile of the time from request to scores, one request per sequence; absent "
+           "without a served teacher."),
     Metric("teacher/tokens_per_s", "tokens/s", _MEAN, _TEACHER,
            "Prompt and response tokens scored per second of perf/teacher_s."),
     Metric("teacher/error_frac", "fraction", _MEAN, _TEACHER,
@@ -166,7 +169,8 @@ METRICS: tuple[Metric, ...] = (
     Metric("perf/rollout_s", "s", _SUM, _CONTROLLER,
            "Time until the last response was there."),
     Metric("perf/teacher_s", "s", _SUM, _CONTROLLER,
-           "Time from the last response until the last teacher score was there."),
+           "Time from the last response until the last teacher score was there; a teacher inside "
+           "the learner scores within the step, which counts here."),
     Metric("perf/learner_s", "s", _SUM, _LEARNER,
            "Forward, backward and optimizer, as measured by the learner."),
     Metric("perf/publish_s", "s", _SUM, _CONTROLLER,
@@ -195,14 +199,14 @@ METRICS: tuple[Metric, ...] = (
            "Mean held-out response length, the end token included."),
     Metric("eval/heldout/kl_reverse", "nats/token", _MEAN, _EVAL,
            "KL(student || teacher) at the tokens of held-out rollouts: exact, over the whole "
-           "vocabulary, up to 1024 entries; for larger ones the mean of log pi - log q of the sampled "
-           "tokens."),
+           "vocabulary, up to 1024 entries or with a teacher inside the learner; else the mean of "
+           "log pi - log q of the sampled tokens."),
     Metric("eval/heldout/kl_forward", "nats/token", _MEAN, _EVAL,
            "KL(teacher || student) at the same tokens, exact; absent for vocabularies above 1024 "
-           "entries."),
+           "entries with a served teacher."),
     Metric("eval/heldout/teacher_accuracy", "fraction", _LAST, _EVAL,
            "The teacher's own accuracy on the same problems with the same settings: the line to "
-           "reach."),
+           "reach; absent for a teacher inside the learner, which writes nothing."),
     # What happened to the prompts. issued = trained + rejected + in_flight at every commit.
     Metric("data/epoch", "epochs", _LAST, _LEDGER,
            "Passes over the training prompts that were begun, counted from 0."),
