@@ -48,9 +48,16 @@ class StudentConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
-    """A frozen model that scores what the student wrote."""
+    """A frozen model that scores what the student wrote.
+
+    `engine`: `sglang` servers send log-probs of the sampled tokens and of its top-K; `in_process` is a second Megatron
+    model inside the learner, on the learner's layout, whose whole vocabulary the loss may use. `offload` (in_process)
+    moves its weights to host memory while it does not score.
+    """
 
     path: str = ""
+    engine: str = choice("sglang", "sglang", "in_process")
+    offload: bool = False
     # Student token -> teacher token that mean the same, by their text; in the teacher's scores the two swap places.
     # For a Base student under an Instruct teacher: {"<|endoftext|>": "<|im_end|>"}.
     aliases: dict[str, str] = field(default_factory=dict[str, str])
@@ -355,3 +362,13 @@ class Recipe:
     def uses_servers(self) -> bool:
         """Needs rollout and teacher servers: to train on rollouts, or to evaluate."""
         return not self.is_supervised or bool(self.data.heldout)
+
+    @property
+    def served_teachers(self) -> dict[str, TeacherConfig]:
+        """Those that SGLang servers hold."""
+        return {name: t for name, t in self.teachers.items() if t.engine == "sglang"}
+
+    @property
+    def in_process_teachers(self) -> dict[str, TeacherConfig]:
+        """Those that the learner holds."""
+        return {name: t for name, t in self.teachers.items() if t.engine == "in_process"}

@@ -12,7 +12,8 @@ together is planned from lengths alone, so every rank computes the same plan: lo
 emptiest bin, the number of bins a multiple of the data-parallel size. All micro-batches of a step
 have the same length T and all data-parallel ranks the same number of them; what is missing is
 filled with documents of zero mask. Samples without a response contribute nothing and are not
-packed.
+packed. Samples that different models inside the learner score are packed apart, so that a model
+runs over its own micro-batches only.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ class MicroBatch:
     output_index_T: NDArray[np.int64]
     topk_ids_TK: NDArray[np.int64] | None
     topk_logprobs_TK: NDArray[np.float32] | None
+    number: int = 0  # among the micro-batches of its data-parallel rank
+    scorer: str = ""  # the teacher inside the learner that its samples need, if any
 
     @property
     def num_tokens(self) -> int:
@@ -59,10 +62,14 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class PackingPlan:
-    """`samples[rank][micro_batch]` are sample numbers; every micro-batch has `num_tokens` rows."""
+    """`samples[rank][micro_batch]` are sample numbers; every micro-batch has `num_tokens` rows.
+
+    `scorers[micro_batch]`: as in `MicroBatch`.
+    """
 
     samples: tuple[tuple[tuple[int, ...], ...], ...]
     num_tokens: int
+    scorers: tuple[str, ...]
 
     @property
     def num_micro_batches(self) -> int:
@@ -118,6 +125,7 @@ def plan_packing(
     tokens_per_microbatch: int,
     token_multiple: int = 1,
     micro_batch_multiple: int = 1,
+    scorer: str = "",
 ) -> PackingPlan:
     """Assign documents to data-parallel ranks and micro-batches.
 
@@ -127,6 +135,7 @@ def plan_packing(
         tokens_per_microbatch: upper bound of positions in a micro-batch, filling included.
         token_multiple: T is a multiple of this.
         micro_batch_multiple: the number of micro-batches of a rank is a multiple of this.
+        scorer: of all of them.
 
     Returns:
         A plan that depends on the arguments only.
@@ -151,7 +160,48 @@ def plan_packing(
         num_micro += micro_batch_multiple
         bins, load = _fill_bins(lengths, num_micro * dp_size)
     ranks = tuple(tuple(tuple(sorted(b)) for b in bins[r::dp_size]) for r in range(dp_size))
-    return PackingPlan(samples=ranks, num_tokens=round_up(max(load, 1), token_multiple))
+    return PackingPlan(
+        samples=ranks,
+        num_tokens=round_up(max(load, 1), token_multiple),
+        scorers=(scorer,) * num_micro,
+    )
+
+
+def plan_by_scorer(
+    lengths: Sequence[int],
+    scorers: Sequence[str],
+    dp_size: int,
+    tokens_per_microbatch: int,
+    token_multiple: int = 1,
+    micro_batch_multiple: int = 1,
+) -> PackingPlan:
+    """`plan_packing` for the samples of each scorer, one after the other.
+
+    Args:
+        scorers: of every sample, "" where its scores came with the batch.
+
+    Raises:
+        ConfigError: as `plan_packing`.
+    """
+    plans = [
+        plan_packing(
+            [n if own == scorer else 0 for n, own in zip(lengths, scorers, strict=True)],
+            dp_size,
+            tokens_per_microbatch,
+            token_multiple,
+            micro_batch_multiple,
+            scorer,
+        )
+        for scorer in sorted(set(scorers)) or [""]
+    ]
+    return PackingPlan(
+        samples=tuple(
+            tuple(micro for plan in plans for micro in plan.samples[rank])
+            for rank in range(dp_size)
+        ),
+        num_tokens=max(plan.num_tokens for plan in plans),
+        scorers=tuple(scorer for plan in plans for scorer in plan.scorers),
+    )
 
 
 def _borders(lengths: list[int], num_tokens: int, document_multiple: int) -> NDArray[np.int32]:

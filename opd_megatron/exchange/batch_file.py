@@ -11,6 +11,7 @@
     topk_ids [sum L, K] int32, topk_logprobs [sum L, K] float32    only when the objective needs a support
     versions        [N, 2] int64      weight version of the first and the last token
 
+Scores of a teacher inside the learner are not there yet: NaN, and id -1 in a top-K (`teacher/in_process.py`).
 Metadata: `step`, `weight_version`, `sample_ids` (JSON), `teachers` (JSON), `format`.
 """
 
@@ -63,7 +64,7 @@ class BatchSlice:
 
 @dataclass(frozen=True)
 class BatchIndex:
-    """Sizes and versions of every sample, without any token: what each rank needs to plan the packing."""
+    """Sizes, versions and teacher of every sample, without any token: what each rank needs to plan the packing."""
 
     step: int
     weight_version: int
@@ -72,6 +73,7 @@ class BatchIndex:
     prompt_lengths: NDArray[np.int64]  # [N]
     response_offsets: NDArray[np.int64]  # [N + 1]
     versions: NDArray[np.int64]  # [N, 2]
+    teachers: tuple[str, ...]
 
     @property
     def num_response_tokens(self) -> int:
@@ -193,6 +195,7 @@ def read_index(path: Path) -> BatchIndex:
             prompt_lengths=file.get_tensor("prompt_lengths").astype(np.int64),
             response_offsets=file.get_tensor("response_offsets"),
             versions=file.get_tensor("versions"),
+            teachers=tuple(json.loads(metadata["teachers"])),
         )
 
 

@@ -149,8 +149,29 @@ def architecture_of(config: dict[str, Any], where: str = CONFIG_FILE) -> Archite
     )
 
 
-def check_layout(arch: Architecture, learner: LearnerConfig) -> None:
+def check_teacher(
+    name: str, arch: Architecture, student: Architecture, learner: LearnerConfig
+) -> None:
+    """Refuse a teacher that can not stand beside the student on the learner's ranks.
+
+    Raises:
+        ConfigError: another vocabulary than the student's, or as `check_layout`.
+    """
+    if arch.vocab_size != student.vocab_size:
+        raise ConfigError.of(
+            f"teachers.{name}.engine",
+            "in_process",
+            f"its vocabulary of {arch.vocab_size} rows is not the student's of {student.vocab_size}",
+            "use models whose embeddings have the same number of rows",
+        )
+    check_layout(arch, learner, f"teachers.{name}'s ")
+
+
+def check_layout(arch: Architecture, learner: LearnerConfig, whose: str = "") -> None:
     """Refuse sizes that do not divide.
+
+    Args:
+        whose: in front of the size's name in the message.
 
     Raises:
         ConfigError: heads, groups, ffn or layers do not fit the layout.
@@ -166,4 +187,6 @@ def check_layout(arch: Architecture, learner: LearnerConfig) -> None:
         ("layers of a pipeline stage", arch.num_layers // pp, "learner.virtual_pipeline", vpp),
     ):
         if size % parts:
-            raise ConfigError.of(key, parts, f"must divide {what} = {size}", "choose a divisor")
+            raise ConfigError.of(
+                key, parts, f"must divide {whose}{what} = {size}", "choose a divisor"
+            )

@@ -2,6 +2,7 @@
 
 load    weights from a Hugging Face directory (fresh optimizer) or from a checkpoint
 score   log-probs and entropies of a batch, written to a file
+compare both KLs between the student and the teachers inside the learner, written to a file
 train   one optimizer step on a batch; per-token values written to a file
 publish a Hugging Face directory of the weights, and probe log-probs
 save    a checkpoint into an empty directory
@@ -30,6 +31,7 @@ from opd_megatron.exchange.batch_file import (
 )
 from opd_megatron.losses.settings import LossSettings
 from opd_megatron.megatron import checkpoint
+from opd_megatron.megatron.compare import compare
 from opd_megatron.megatron.publish import publish
 from opd_megatron.megatron.state import LearnerState
 from opd_megatron.megatron.step import check_staleness, score, train
@@ -66,6 +68,13 @@ def score_batch(state: LearnerState, command: Command) -> Result:
     return {"tokens": index.num_response_tokens}
 
 
+def compare_batch(state: LearnerState, command: Command) -> Result:
+    batch = Path(command["batch"])
+    index = read_index(batch)
+    _write_values(Path(command["out"]), compare(state, index, _reader(batch)))
+    return {"tokens": index.num_response_tokens}
+
+
 def train_batch(state: LearnerState, command: Command) -> Result:
     batch = Path(command["batch"])
     index = read_index(batch)
@@ -97,6 +106,7 @@ def _probe_batch(probe_tokens: list[list[int]]) -> tuple[BatchIndex, BatchSlice]
         prompt_lengths=np.ones(len(tokens), dtype=np.int64),
         response_offsets=np.cumsum([0, *responses], dtype=np.int64),
         versions=versions,
+        teachers=("",) * len(tokens),
     )
     batch = BatchSlice(
         step=0,
@@ -144,6 +154,7 @@ def save_checkpoint(state: LearnerState, command: Command) -> Result:
 COMMANDS: dict[str, Callable[[LearnerState, Command], Result]] = {
     "load": load,
     "score": score_batch,
+    "compare": compare_batch,
     "train": train_batch,
     "publish": publish_weights,
     "save": save_checkpoint,

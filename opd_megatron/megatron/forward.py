@@ -7,14 +7,13 @@ parallel a rank holds two zig-zag pieces of every document. Per-token results le
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -23,7 +22,7 @@ from opd_megatron.data.packing import (
     context_parallel_rows,
     document_lengths,
     pack,
-    plan_packing,
+    plan_by_scorer,
 )
 from opd_megatron.errors import ContractError
 from opd_megatron.exchange.batch_file import BatchIndex, BatchSlice
@@ -56,6 +55,8 @@ class DeviceMicroBatch:
     output_index_T: torch.Tensor  # row in batch order, -1 where there is no response token
     topk_ids_TK: torch.Tensor | None
     topk_logprobs_TK: torch.Tensor | None
+    number: int
+    scorer: str
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,8 @@ def to_device(micro: MicroBatch, groups: Groups, device: torch.device) -> Device
         output_index_T=tensor(micro.output_index_T),
         topk_ids_TK=None if micro.topk_ids_TK is None else tensor(micro.topk_ids_TK),
         topk_logprobs_TK=None if micro.topk_logprobs_TK is None else tensor(micro.topk_logprobs_TK),
+        number=micro.number,
+        scorer=micro.scorer,
     )
 
 
@@ -100,16 +103,21 @@ def pack_for_rank(
     groups: Groups,
     tokens_per_microbatch: int,
     vocab_size: int,
+    in_process: Collection[str] = (),
 ) -> list[MicroBatch]:
     """Plan the whole batch, read and pack this data-parallel rank's part.
+
+    Args:
+        in_process: the teachers inside the learner.
 
     Raises:
         ConfigError: a sample is longer than a micro-batch.
         ContractError: a token is outside the vocabulary.
     """
     lengths = document_lengths(index, layout.document_multiple)
-    plan = plan_packing(
+    plan = plan_by_scorer(
         lengths,
+        [name if name in in_process else "" for name in index.teachers],
         layout.dp,
         tokens_per_microbatch,
         layout.token_multiple,
@@ -119,14 +127,18 @@ def pack_for_rank(
     for sample_id, tokens in zip(batch.sample_ids, batch.tokens, strict=True):
         if tokens.min() < 0 or tokens.max() >= vocab_size:
             raise ContractError(f"sample {sample_id}: a token is outside [0, {vocab_size})")
-    return [
+    packed = (
         pack(batch, samples, index.response_offsets, plan.num_tokens, layout.document_multiple)
         for samples in plan.samples[groups.dp.rank()]
+    )
+    return [
+        replace(micro, number=number, scorer=scorer)
+        for number, (micro, scorer) in enumerate(zip(packed, plan.scorers, strict=True))
     ]
 
 
 def run_micro_batches(
-    models: Sequence[DistributedDataParallel],
+    models: Sequence[torch.nn.Module],
     groups: Groups,
     micro_batches: Sequence[MicroBatch],
     function: MicroFunction,

@@ -8,7 +8,8 @@
 
 In the last two the output layer hands its input through, and the weight's gradient goes straight into
 Megatron's float32 buffer. Every loss here is token-local once the batch is planned, so `chunked` is
-exact for all of them; what needs the logits themselves (the student's own top-K) is refused.
+exact for all of them; what needs the logits themselves is refused: the student's own top-K in both,
+the divergence over the whole vocabulary in `recompute`.
 
 Shape suffixes: T tokens of this rank's micro-batch, S the same under sequence parallel (T / tp), H
 hidden, V vocabulary, J support ids.
@@ -25,7 +26,10 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
 from opd_megatron.config.schema import LearnerConfig
+from opd_megatron.losses.divergences import Divergence
 from opd_megatron.losses.fused.chunked import chunked_loss
+from opd_megatron.losses.fused.dense import DenseStats, dense_stats
+from opd_megatron.losses.fused.dense_chunked import chunked_dense_loss
 from opd_megatron.losses.fused.recompute import recompute_token_stats
 from opd_megatron.losses.fused.rows import Backend
 from opd_megatron.losses.token_stats import TokenStats, token_stats
@@ -136,6 +140,61 @@ class OutputHead:
             weight_main_grad=_main_grad(weight) if torch.is_grad_enabled() else None,
             reduce_hidden_grad=not self.sequence_parallel,
         )
+
+    def dense_loss(
+        self,
+        output: torch.Tensor,
+        target_ids_T: torch.Tensor,
+        temperature: float,
+        teacher_logits: Callable[[slice], torch.Tensor],
+        divergence: Divergence,
+        token_loss: Callable[[DenseStats, slice], tuple[torch.Tensor, Extra]],
+    ) -> tuple[torch.Tensor, list[Extra]]:
+        """As `loss`, with the divergence from a teacher over the whole vocabulary among the statistics.
+
+        Args:
+            teacher_logits: rows -> their [C, V / tp]; in the mode `chunked` a chunk at a time.
+        """
+        if self.mode == "chunked" and torch.is_grad_enabled():
+            hidden_TH, weight = self._hidden(output)
+            return chunked_dense_loss(
+                hidden_TH,
+                weight,
+                teacher_logits,
+                target_ids_T,
+                divergence,
+                token_loss,
+                vocab_size=self.vocab_size,
+                temperature=temperature,
+                group=self.groups.tp_or_none,
+                allow_nan=True,
+                backend=self.backend,
+                weight_main_grad=_main_grad(weight),
+                reduce_hidden_grad=not self.sequence_parallel,
+            )
+        everything = slice(0, len(target_ids_T))
+        stats = dense_stats(
+            self._logits(output),
+            teacher_logits(everything),
+            target_ids_T,
+            divergence,
+            vocab_size=self.vocab_size,
+            temperature=temperature,
+            group=self.groups.tp_or_none,
+            allow_nan=True,
+            backend=self.backend,
+            grad_in_place=self.mode == "in_place" and output.requires_grad,
+        )
+        loss_sum, extra = token_loss(stats, everything)
+        return loss_sum, [extra]
+
+    def _logits(self, output: torch.Tensor) -> torch.Tensor:
+        """[T, V / tp] of all rows; the hidden modes make them where no gradient is wanted."""
+        if self.mode not in HIDDEN_MODES:
+            return output.squeeze(0)
+        assert not torch.is_grad_enabled(), "loss_checks.py refuses this combination"
+        hidden_TH, weight = self._hidden(output)
+        return hidden_TH @ weight.T
 
     def student_topk(self, output: torch.Tensor, k: int) -> torch.Tensor:
         """[T, k] ids of the student's most likely tokens; the modes with logits only."""

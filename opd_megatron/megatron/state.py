@@ -23,6 +23,7 @@ from opd_megatron.megatron.optimizer import build_optimizer, build_scheduler
 from opd_megatron.megatron.output_head import OutputHead, make_output_head
 from opd_megatron.megatron.parallel import Groups, Layout, current_groups, layout_of
 from opd_megatron.megatron.schedule import LearningRateSchedule
+from opd_megatron.megatron.teacher_model import InProcessTeacher, build_teacher
 
 
 @dataclass
@@ -39,6 +40,7 @@ class LearnerState:
     ]  # chunks of this stage: one, or those of a virtual pipeline
     head: OutputHead
     token_loss: TokenLoss
+    teachers: dict[str, InProcessTeacher]  # those inside the learner
     optimizer: ChainedOptimizer | None = None
     scheduler: LearningRateSchedule | None = None
     optimizer_step: int = 0
@@ -93,10 +95,10 @@ class LearnerState:
 
 
 def build_state(recipe: Recipe) -> LearnerState:
-    """Model and gradient buffers of this rank for a recipe. Process groups must exist.
+    """Model and gradient buffers of this rank for a recipe, and its teachers. Process groups must exist.
 
     Raises:
-        ConfigError: the student's config.json or the layout is not supported.
+        ConfigError: a config.json or the layout is not supported, or as `build_teacher`.
     """
     student = Path(recipe.student.path)
     arch = architecture_of(read_config(student), str(student))
@@ -113,4 +115,7 @@ def build_state(recipe: Recipe) -> LearnerState:
         head=make_output_head(recipe.learner, arch.vocab_size, groups, modules),
         models=wrap_data_parallel(modules, config, recipe.learner),
         token_loss=make_token_loss(LossSettings.of(recipe), allow_nan=True),
+        teachers={
+            name: build_teacher(recipe, name, arch, groups) for name in recipe.in_process_teachers
+        },
     )

@@ -1,7 +1,8 @@
 """One step over a step batch, and scoring without a step.
 
-once              look at what was recorded; plan the batch (losses/batch_plan.py), from a forward
-                  pass of its own where the objective couples tokens
+once              look at what was recorded; score with the teachers inside the learner
+                  (teacher_pass.py); plan the batch (losses/batch_plan.py), from a forward pass of its
+                  own where the objective couples tokens
 per update
   micro-batches   forward -> token statistics (at the rollout temperature) -> loss SUM -> backward
   once            reduce gradients, divide by the GLOBAL number of kept tokens, global norm
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from opd_megatron.data.packing import MicroBatch
 from opd_megatron.errors import ContractError
 from opd_megatron.exchange.batch_file import BatchIndex, BatchSlice, WholeBatch
 from opd_megatron.losses.batch_metrics import step_metrics
@@ -30,8 +32,6 @@ from opd_megatron.losses.served_supports import topk_entropy
 from opd_megatron.losses.settings import LossSettings
 from opd_megatron.megatron import hf
 from opd_megatron.megatron.forward import (
-    MicroFunction,
-    MicroOutput,
     in_batch_order,
     pack_for_rank,
     run_micro_batches,
@@ -39,6 +39,7 @@ from opd_megatron.megatron.forward import (
 from opd_megatron.megatron.micro_loss import SCORE_NAMES, MicroLoss, MicroScore, value_names
 from opd_megatron.megatron.optimizer import apply_gradients, gradient_norm
 from opd_megatron.megatron.state import LearnerState
+from opd_megatron.megatron.teacher_pass import KeptTeachers, score_in_process
 
 ReadSamples = Callable[[Sequence[int]], BatchSlice]
 Values = dict[str, torch.Tensor]
@@ -91,8 +92,19 @@ def batch_arrays(whole: WholeBatch) -> BatchArrays:
 def score(state: LearnerState, index: BatchIndex, read: ReadSamples, temperature: float) -> Values:
     """Log-probs and entropies of all response tokens, [sum L] float32 each."""
     state.require_loaded()
-    function = MicroScore(state.head, temperature)
-    outputs = _run(state, index, read, function, forward_only=True)
+    return _score(state, index, packed_batch(state, index, read), temperature)
+
+
+def _score(
+    state: LearnerState, index: BatchIndex, micro_batches: Sequence[MicroBatch], temperature: float
+) -> Values:
+    outputs = run_micro_batches(
+        state.models,
+        state.groups,
+        micro_batches,
+        MicroScore(state.head, temperature),
+        forward_only=True,
+    )
     return in_batch_order(
         outputs, SCORE_NAMES, index.num_response_tokens, state.groups, state.device
     )
@@ -101,50 +113,69 @@ def score(state: LearnerState, index: BatchIndex, read: ReadSamples, temperature
 def train(
     state: LearnerState, index: BatchIndex, read: ReadSamples, whole: WholeBatch
 ) -> StepResult:
-    """One step; see the module docstring. All ranks return the same metrics and decision."""
+    """One step; see the module docstring. All ranks return the same metrics and decision.
+
+    `timings` has `teacher_s` where a teacher inside the learner scored.
+    """
     state.require_loaded()
     settings, arrays = LossSettings.of(state.recipe), batch_arrays(whole)
     start = time.perf_counter()
-    bad = _first_bad({"behavior log-prob": arrays.behavior_logprobs_N}, index) or _first_bad(
+    bad = _first_bad({"behavior log-prob": arrays.behavior_logprobs_N}, index)
+    if bad is not None:
+        return _not_applied(bad)
+    micro_batches = packed_batch(state, index, read)
+    teachers = score_in_process(state, index, micro_batches, keep_hidden=settings.has_support)
+    if teachers is not None:
+        arrays = teachers.into(arrays)
+    bad = _first_bad(
         # A teacher may call a token impossible (-inf): the loss bounds the log-ratio.
         {"teacher log-prob": arrays.teacher_logprobs_N.clamp_min(-1e30)}
         | ({} if arrays.teacher_entropy_N is None else {"teacher top-K": arrays.teacher_entropy_N}),
         index,
     )
     if bad is not None:
-        return StepResult(0, bad, {}, _timings(start, start, start), {})
+        return _not_applied(bad)
     scores = None
     if settings.needs_scores:
-        values = score(state, index, read, state.recipe.rollout.temperature)
+        values = _score(state, index, micro_batches, state.recipe.rollout.temperature)
         bad = _first_bad(values, index)
         if bad is not None:
-            return StepResult(0, bad, {}, _timings(start, start, time.perf_counter()), {})
+            return _not_applied(bad)
         scores = StudentScores(values["student_logprobs"], values["student_entropy"])
     plan = make_plan(settings, arrays, scores)
     if plan.num_kept == 0:
-        return StepResult(
-            0, "the batch has no token to train on", {}, _timings(start, start, start), {}
-        )
-    return _updates(state, index, read, settings, arrays, plan, start)
-
-
-def _updates(
-    state: LearnerState,
-    index: BatchIndex,
-    read: ReadSamples,
-    settings: LossSettings,
-    arrays: BatchArrays,
-    plan: TokenPlan,
-    start: float,
-) -> StepResult:
-    """All updates on a planned batch; an update that must not be applied is the last one."""
+        return _not_applied("the batch has no token to train on")
     function = MicroLoss(
         state.head,
         state.recipe.rollout.temperature,
         settings,
         state.token_loss,
         _on_device(plan, state.device),
+        arrays.teacher_logprobs_N.to(state.device),
+        KeptTeachers() if teachers is None else teachers.kept,
     )
+    result = _updates(state, index, micro_batches, settings, arrays, plan, function, start)
+    if teachers is not None:
+        result.timings["forward_backward_s"] -= teachers.seconds
+        result.timings["teacher_s"] = teachers.seconds
+    return result
+
+
+def _not_applied(why: str) -> StepResult:
+    return StepResult(0, why, {}, _timings(0.0, 0.0, 0.0), {})
+
+
+def _updates(
+    state: LearnerState,
+    index: BatchIndex,
+    micro_batches: Sequence[MicroBatch],
+    settings: LossSettings,
+    arrays: BatchArrays,
+    plan: TokenPlan,
+    function: MicroLoss,
+    start: float,
+) -> StepResult:
+    """All updates on a planned batch; an update that must not be applied is the last one."""
     names = value_names(settings, clipped=plan.old_logprobs_N is not None)
     optimizer = state.require_loaded()
     metrics: dict[str, float] = {}
@@ -155,7 +186,9 @@ def _updates(
         for model in state.models:
             model.zero_grad_buffer()
         optimizer.zero_grad()
-        outputs = _run(state, index, read, function, forward_only=False)
+        outputs = run_micro_batches(
+            state.models, state.groups, micro_batches, function, forward_only=False
+        )
         values = in_batch_order(
             outputs, names, index.num_response_tokens, state.groups, state.device
         )
@@ -204,23 +237,16 @@ def _on_device(plan: TokenPlan, device: torch.device) -> TokenPlan:
     return dataclasses.replace(plan, **moved)
 
 
-def _run(
-    state: LearnerState,
-    index: BatchIndex,
-    read: ReadSamples,
-    function: MicroFunction,
-    forward_only: bool,
-) -> list[MicroOutput]:
-    micro_batches = pack_for_rank(
+def packed_batch(state: LearnerState, index: BatchIndex, read: ReadSamples) -> list[MicroBatch]:
+    """This rank's micro-batches of a batch."""
+    return pack_for_rank(
         index,
         read,
         state.layout,
         state.groups,
         state.recipe.batch.tokens_per_microbatch,
         state.arch.vocab_size,
-    )
-    return run_micro_batches(
-        state.models, state.groups, micro_batches, function, forward_only=forward_only
+        state.teachers,
     )
 
 

@@ -94,7 +94,7 @@ def _loss(
     return total / count, torch.cat(kept)
 
 
-def reference_run(path: Path, batches: list[list[Sample]], objective: str) -> Reference:
+def reference_run(path: Path, batches: list[list[Sample]], token_losses: TokenLosses) -> Reference:
     """One optimizer step per batch."""
     model = reference_model(path, torch.float64)
     matrices = [p for p in model.parameters() if p.dim() > 1]
@@ -111,7 +111,7 @@ def reference_run(path: Path, batches: list[list[Sample]], objective: str) -> Re
     losses, norms, gradients, logprobs = [], [], [], []
     for samples in batches:
         adam.zero_grad()
-        loss, student = _loss(model, samples, TOKEN_LOSSES[objective])
+        loss, student = _loss(model, samples, token_losses)
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.clip_grad)))
         gradients.append({n: p.grad.clone() for n, p in model.named_parameters()})

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron_cases import BROKEN, CASES, LENGTHS, MOVES, OBJECTIVES, VOCAB, Case
-from megatron_reference import Reference, reference_run
+from megatron_reference import TOKEN_LOSSES, Reference, reference_run
 from megatron_setup import new_state, recipe_for, relative, run_worker, snapshot, step_on
 from megatron_tiny import write_model, write_samples
 
@@ -94,7 +94,7 @@ def layout_case(
 def layouts(work: Path) -> dict[str, Any]:
     inputs = write_inputs(work)
     references = {
-        (tied, objective): reference_run(path, inputs.samples[objective], objective)
+        (tied, objective): reference_run(path, inputs.samples[objective], TOKEN_LOSSES[objective])
         for tied, path in inputs.models.items()
         for objective in OBJECTIVES
         if dist.get_rank() == 0

@@ -19,6 +19,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from inside_learner import asked_twice
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from opd_megatron.config.schema import ServerConfig
@@ -225,6 +226,15 @@ def test_samples_of_one_group_differ_and_stop_tokens_stay(server: RunningServer)
         assert generation.finish_reason == "stop"
         assert generation.token_ids[-1] in {1, *stops}
         assert not set(generation.token_ids[:-1]) & {1, *stops}
+
+
+def test_a_teacher_inside_the_learner_says_what_the_server_says(
+    server: RunningServer, tmp_path: Path
+) -> None:
+    models = server.models["second"], server.models["first"]
+    seen = call(server, lambda client: asked_twice(client, PROMPTS, *models, tmp_path))
+    assert seen.same_topk_ids and seen.num_tokens > 20 and seen.kl > 0.1
+    assert max(seen.sampled_nats, seen.topk_nats) < 1e-3
 
 
 def test_scores_and_the_whole_distribution_equal_transformers(server: RunningServer) -> None:

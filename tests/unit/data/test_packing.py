@@ -14,6 +14,7 @@ from opd_megatron.data.packing import (
     context_parallel_rows,
     document_lengths,
     pack,
+    plan_by_scorer,
     plan_packing,
 )
 from opd_megatron.errors import ConfigError, ContractError
@@ -129,12 +130,12 @@ def test_the_longest_sample_must_fit() -> None:
 
 def test_more_ranks_than_samples_get_empty_micro_batches() -> None:
     plan = plan_packing([3], dp_size=4, tokens_per_microbatch=8)
-    assert plan == PackingPlan(samples=(((0,),), ((),), ((),), ((),)), num_tokens=3)
+    assert plan == PackingPlan(samples=(((0,),), ((),), ((),), ((),)), num_tokens=3, scorers=("",))
 
 
 def test_a_batch_without_response_tokens_still_runs_one_micro_batch() -> None:
     plan = plan_packing([0, 0], dp_size=2, tokens_per_microbatch=64, token_multiple=4)
-    assert plan == PackingPlan(samples=(((),), ((),)), num_tokens=4)
+    assert plan == PackingPlan(samples=(((),), ((),)), num_tokens=4, scorers=("",))
 
 
 @given(
@@ -156,6 +157,34 @@ def test_plans_hold_every_document_once_within_the_limit(
     loads = [sum(lengths[i] for i in micro) for rank in plan.samples for micro in rank]
     assert max(loads) <= plan.num_tokens
     assert plan == plan_packing(lengths, dp_size, capacity, multiple, groups_of)
+
+
+@given(
+    documents=st.lists(
+        st.tuples(st.integers(0, 40), st.sampled_from(["", "math", "code"])), max_size=40
+    ),
+    dp_size=st.integers(1, 3),
+    groups_of=st.integers(1, 3),
+)
+def test_samples_of_different_scorers_never_share_a_micro_batch(
+    documents: list[tuple[int, str]], dp_size: int, groups_of: int
+) -> None:
+    lengths, scorers = [n for n, _ in documents], [name for _, name in documents]
+    plan = plan_by_scorer(lengths, scorers, dp_size, 64, 2, groups_of)
+    assert len(plan.scorers) == plan.num_micro_batches
+    packed = []
+    for rank in plan.samples:
+        assert len(rank) == plan.num_micro_batches
+        for micro, scorer in zip(rank, plan.scorers, strict=True):
+            assert {scorers[i] for i in micro} <= {scorer}
+            assert sum(lengths[i] for i in micro) <= plan.num_tokens <= 64
+            packed += micro
+    assert sorted(packed) == [i for i, n in enumerate(lengths) if n]
+    # The interleaved schedule runs a teacher's micro-batches alone, in whole groups.
+    assert all(plan.scorers.count(name) % groups_of == 0 for name in plan.scorers)
+    if len(set(scorers)) == 1:
+        alone = plan_packing(lengths, dp_size, 64, 2, groups_of, scorers[0])
+        assert plan == alone
 
 
 @given(

@@ -1,0 +1,141 @@
+"""The teachers inside the learner over a batch: what the plan needs now, and what the loss needs later.
+
+    per teacher     weights onto the device -> forward schedule over its own micro-batches -> off
+      last stage    log-prob of the sampled token and entropy, kept; hidden states [S, H] kept if the
+                    loss looks at a support or at the whole vocabulary
+    once            sampled log-probs and entropies of the whole batch on every rank, in batch order
+
+Teachers take turns before the student's first forward, so a step needs room for one of them. Kept
+until the step ends is, on the last stage, S * H values a micro-batch and the output weight of each
+teacher, not logits: those are made again for one micro-batch (the whole vocabulary) or a few rows of
+it (supports) when the student's are there. Nothing but [T, K] ids and [T, J] log-probs leaves a
+vocabulary shard.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from opd_megatron.data.packing import MicroBatch
+from opd_megatron.exchange.batch_file import BatchIndex
+from opd_megatron.losses.batch_plan import BatchArrays
+from opd_megatron.megatron.forward import (
+    DeviceMicroBatch,
+    MicroOutput,
+    MicroResult,
+    in_batch_order,
+    run_micro_batches,
+)
+from opd_megatron.megatron.state import LearnerState
+from opd_megatron.megatron.teacher_model import InProcessTeacher, TeacherHead
+
+_NAMES = ("teacher_logprobs", "teacher_entropy")
+
+
+@dataclass(frozen=True)
+class KeptTeachers:
+    """On the last pipeline stage: hidden states by number of the micro-batch, heads by teacher."""
+
+    hidden_SH: dict[int, torch.Tensor] = field(default_factory=dict[int, torch.Tensor])
+    heads: dict[str, TeacherHead] = field(default_factory=dict[str, TeacherHead])
+
+    def of(self, batch: DeviceMicroBatch) -> tuple[TeacherHead, torch.Tensor]:
+        """The head of the micro-batch's teacher and its hidden states, [T, H]."""
+        head = self.heads[batch.scorer]
+        return head, head.gathered(self.hidden_SH[batch.number])
+
+
+@dataclass(frozen=True)
+class TeacherPass:
+    """What the teachers inside the learner said of a batch.
+
+    logprobs_N, entropy_N: [N] float32 in batch order, on the CPU; 0 where a served teacher scores.
+    scored_N: [N] bool, where they do not.
+    """
+
+    logprobs_N: torch.Tensor
+    entropy_N: torch.Tensor
+    scored_N: torch.Tensor
+    kept: KeptTeachers
+    seconds: float
+
+    def into(self, arrays: BatchArrays) -> BatchArrays:
+        """The recorded arrays with these scores in their places."""
+        recorded_N = arrays.teacher_entropy_N
+        everywhere = bool(self.scored_N.all())
+        entropy_N = None
+        if everywhere:
+            entropy_N = self.entropy_N
+        elif recorded_N is not None:
+            entropy_N = torch.where(self.scored_N, self.entropy_N, recorded_N)
+        return dataclasses.replace(
+            arrays,
+            teacher_logprobs_N=torch.where(
+                self.scored_N, self.logprobs_N, arrays.teacher_logprobs_N
+            ),
+            teacher_entropy_N=entropy_N,
+            teacher_entropy_exact=everywhere,
+        )
+
+
+def score_in_process(
+    state: LearnerState,
+    index: BatchIndex,
+    micro_batches: Sequence[MicroBatch],
+    *,
+    keep_hidden: bool,
+) -> TeacherPass | None:
+    """Every teacher inside the learner over its own micro-batches; None where the batch has none. Collective."""
+    names = sorted(set(index.teachers) & set(state.teachers))
+    if not names:
+        return None
+    begin = time.perf_counter()
+    kept = KeptTeachers()
+    outputs: list[MicroOutput] = []
+    for name in names:
+        own = [micro for micro in micro_batches if micro.scorer == name]
+        outputs += _forward(state, state.teachers[name], own, kept, keep_hidden)
+    values = in_batch_order(outputs, _NAMES, index.num_response_tokens, state.groups, state.device)
+    lengths = torch.from_numpy(index.response_offsets).diff()
+    scored_B = torch.tensor([name in state.teachers for name in index.teachers])
+    return TeacherPass(
+        logprobs_N=values["teacher_logprobs"],
+        entropy_N=values["teacher_entropy"],
+        scored_N=scored_B.repeat_interleave(lengths),
+        kept=kept,
+        seconds=time.perf_counter() - begin,
+    )
+
+
+def _forward(
+    state: LearnerState,
+    teacher: InProcessTeacher,
+    micro_batches: Sequence[MicroBatch],
+    kept: KeptTeachers,
+    keep_hidden: bool,
+) -> list[MicroOutput]:
+    def look(output_1SH: torch.Tensor, batch: DeviceMicroBatch) -> MicroResult:
+        hidden_SH = output_1SH.squeeze(0)
+        head = teacher.head
+        if keep_hidden:
+            kept.heads[teacher.name] = head
+            kept.hidden_SH[batch.number] = hidden_SH
+        parts = [
+            logits.stats(batch.target_ids_T[rows])
+            for rows, logits in head.chunks(head.gathered(hidden_SH))
+        ]
+        values = {
+            "teacher_logprobs": torch.cat([part.sampled_logprobs_T for part in parts]),
+            "teacher_entropy": torch.cat([part.entropy_T for part in parts]),
+        }
+        return MicroResult(hidden_SH.new_zeros(()), (batch.output_index_T >= 0).sum(), values)
+
+    with teacher.on_device():
+        return run_micro_batches(
+            teacher.modules, state.groups, micro_batches, look, forward_only=True
+        )
