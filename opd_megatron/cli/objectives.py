@@ -9,7 +9,7 @@ import typer
 
 from opd_megatron.config.schema import Recipe
 from opd_megatron.losses.catalog import OBJECTIVES, Objective, find_objective
-from opd_megatron.losses.settings import LossSettings
+from opd_megatron.losses.settings import SERVED_SUPPORTS, LossSettings
 
 _NORMALIZATIONS = ("token_mean", "sequence_mean")
 
@@ -59,6 +59,10 @@ def objectives(
         typer.echo("")
     supports = next(row.supports for row in OBJECTIVES if row.supports)
     typer.echo(f"supports: {', '.join(supports)}")
+    typer.echo(f"served teachers (teachers.NAME.engine=sglang) score {', '.join(SERVED_SUPPORTS)};")
+    typer.echo(
+        "teachers inside the learner (in_process) all of them, exactly, and full without a K"
+    )
     typer.echo("biased objectives need objective.allow_biased=true; formulas: docs/losses.md")
 
 
@@ -76,7 +80,9 @@ def describe_loss(recipe: Recipe) -> list[str]:
     status = "proven" if row.proven else f"biased, descends {row.descends}"
     lines = [f"objective {row.name}: {row.target} ({status}), {objective.normalization}"]
     if settings.has_support:
-        lines.append(f"support {objective.support}, K = {objective.topk}")
+        everything = "every token: no K, and every measure is the divergence itself"
+        size = everything if settings.has_full_support else f"K = {objective.topk}"
+        lines.append(f"support {objective.support}, {size}")
     parts = []
     if objective.coefficient != 1.0:
         parts.append(f"coefficient {objective.coefficient:g}")

@@ -11,7 +11,7 @@ from opd_megatron.cli.objectives import describe_loss
 from opd_megatron.config.overrides import changed_leaves, to_mapping
 from opd_megatron.config.recipes import find_recipes, load_recipe, resolve_recipe
 from opd_megatron.config.rules import check
-from opd_megatron.config.schema import Recipe
+from opd_megatron.config.schema import Recipe, TeacherConfig
 from opd_megatron.launch.preflight import check_inputs, check_learner
 
 app = typer.Typer(help="The recipes that come with the project.", no_args_is_help=True)
@@ -90,4 +90,15 @@ def describe(recipe: Recipe) -> list[str]:
         f"batch {batch.prompts_per_step} prompts x {batch.rollouts_per_prompt} rollouts = "
         f"{batch.samples_per_step} samples a step, {recipe.steps} steps",
         f"learner {layout} = {learner.world_size} ranks, {learner.precision}, {recipe.device}",
+        *(
+            f"teacher {name} {_where(teacher)}"
+            for name, teacher in recipe.teachers.items()
+            if len(recipe.teachers) > 1 or teacher.engine != "sglang"
+        ),
     ]
+
+
+def _where(teacher: TeacherConfig) -> str:
+    if teacher.engine == "sglang":
+        return f"on {teacher.server.num_servers} SGLang server(s)"
+    return "inside the learner" + (", in host memory between uses" if teacher.offload else "")

@@ -38,7 +38,8 @@ def may_change(keys: Iterable[str]) -> set[str]:
     return {
         key
         for key in keys
-        if key.startswith(_MAY_CHANGE) or (key.startswith("teachers.") and ".server." in key)
+        if key.startswith(_MAY_CHANGE)
+        or (key.startswith("teachers.") and (".server." in key or key.endswith(".offload")))
     }
 
 

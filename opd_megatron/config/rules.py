@@ -62,6 +62,11 @@ def _required(recipe: Recipe) -> Iterator[str]:
             yield f"teachers.{name}: teacher names must match {_NAME.pattern}; rename it"
         if not teacher.path:
             yield f"teachers.{name}.path='': must name a model directory; set teachers.{name}.path=DIR"
+        if teacher.offload and teacher.engine != "in_process":
+            yield (
+                f"teachers.{name}.offload=True: teachers.{name}.engine={teacher.engine!r} keeps no weights in the "
+                f"learner; set it to false, or teachers.{name}.engine=in_process"
+            )
 
 
 def _lengths(recipe: Recipe) -> Iterator[str]:
@@ -69,7 +74,8 @@ def _lengths(recipe: Recipe) -> Iterator[str]:
     servers: dict[str, ServerConfig] = {}
     if recipe.uses_servers:
         servers["rollout.server"] = recipe.rollout.server
-        servers |= {f"teachers.{name}.server": t.server for name, t in recipe.teachers.items()}
+        served = recipe.served_teachers.items()
+        servers |= {f"teachers.{name}.server": teacher.server for name, teacher in served}
     for key, server in servers.items():
         if server.max_total_tokens == 0 and recipe.device == "cpu":
             yield (

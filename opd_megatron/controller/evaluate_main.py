@@ -34,6 +34,8 @@ async def run_evaluation(recipe: Recipe, run: RunDir, attempt: int) -> None:
         roles = open_roles(recipe, run.attempt(attempt), tokenizer.vocab_size, stack)
         await wait_for_servers(recipe, roles, console)
         evaluator = Evaluator(recipe, roles, tokenizer, heldout.prompts, aliases_of(recipe))
+        for line in evaluator.not_measured():
+            console.say(line)
         metrics = await evaluator.evaluate(with_teacher=True)
     settings = {
         "problems": min(recipe.evaluation.problems, len(heldout)),

@@ -1,4 +1,7 @@
-"""When evaluation is due: held-out accuracy on the rollout servers, the KL to the teacher, the teacher's accuracy."""
+"""When evaluation is due: held-out accuracy on the rollout servers, the KL to the teacher, the teacher's accuracy.
+
+A teacher inside the learner is compared there, exactly; its accuracy is not measured.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,14 @@ import asyncio
 from collections.abc import Mapping, Sequence
 
 from opd_megatron.config.schema import Recipe
+from opd_megatron.controller.in_process import LearnerTeachers, mean
 from opd_megatron.controller.roles import Roles
 from opd_megatron.data.chat import ChatTokenizer
 from opd_megatron.eval.evaluate import AccuracyResult, evaluate_accuracy, evaluate_kl, summarize
 from opd_megatron.eval.grading import Grader, check_answers, make_grader
 from opd_megatron.serving.client import Sampling, SglangClient
 from opd_megatron.teacher.aliases import TokenAliases
-from opd_megatron.types import Prompt
+from opd_megatron.types import Prompt, Rollout
 
 _SET = "eval/heldout"
 
@@ -23,6 +27,7 @@ class Evaluator:
     Args:
         prompts: the held-out set; its first `evaluation.problems` are used.
         aliases: of each teacher.
+        inside: the teachers inside the learner; None without a learner.
     """
 
     def __init__(
@@ -32,6 +37,7 @@ class Evaluator:
         tokenizer: ChatTokenizer,
         prompts: Sequence[Prompt],
         aliases: Mapping[str, TokenAliases],
+        inside: LearnerTeachers | None = None,
     ) -> None:
         self.settings = recipe.evaluation
         self.grader: Grader = make_grader(recipe.evaluation.grader)
@@ -45,7 +51,19 @@ class Evaluator:
         # Supervised training may do without one: there is accuracy then, and no KL.
         self._teacher = next(iter(recipe.teachers), None)
         self._aliases = aliases.get(self._teacher or "", TokenAliases())
+        self._is_served = self._teacher in recipe.served_teachers
+        self._inside = inside
         self._count = 0
+
+    def not_measured(self) -> list[str]:
+        """What an evaluation of this recipe leaves out, one line each."""
+        if self._teacher is None or self._is_served:
+            return []
+        teacher = f"teacher {self._teacher} is inside the learner"
+        lines = [f"evaluation: {teacher} and writes nothing: its own accuracy is not measured"]
+        if self._inside is None and self.settings.kl_problems > 0:
+            lines.append(f"evaluation: {teacher}, and there is none: the KL to it is not measured")
+        return lines
 
     async def evaluate(self, with_teacher: bool) -> dict[str, float]:
         """Measure the weights that the rollout servers hold now.
@@ -63,10 +81,10 @@ class Evaluator:
         }
         if self._teacher is None:
             return metrics
-        servers = self._roles.teachers[self._teacher]
         if self.settings.kl_problems > 0:
-            metrics |= await self._kl(student, servers[0])
-        if with_teacher:
+            metrics |= await self._kl(student, self._teacher)
+        if with_teacher and self._is_served:
+            servers = self._roles.teachers[self._teacher]
             teacher = await self._accuracy(servers, f"eval-{self._count}-teacher")
             metrics[f"{_SET}/teacher_accuracy"] = teacher.mean
         return metrics
@@ -93,12 +111,14 @@ class Evaluator:
             [rollout for part in parts for rollout in part.rollouts],
         )
 
-    async def _kl(self, student: AccuracyResult, teacher: SglangClient) -> dict[str, float]:
+    async def _kl(self, student: AccuracyResult, teacher: str) -> dict[str, float]:
         chosen = {prompt.id for prompt in self._problems[: self.settings.kl_problems]}
         rollouts = [rollout for rollout in student.rollouts if rollout.prompt_id in chosen]
+        if not self._is_served:
+            return await self._kl_inside(teacher, rollouts)
         result = await evaluate_kl(
             self._roles.rollout[0],
-            teacher,
+            self._roles.teachers[teacher][0],
             rollouts,
             self._tokenizer.vocab_size,
             self._aliases,
@@ -107,3 +127,10 @@ class Evaluator:
         if result.forward is not None:
             metrics[f"{_SET}/kl_forward"] = result.forward
         return metrics
+
+    async def _kl_inside(self, teacher: str, rollouts: Sequence[Rollout]) -> dict[str, float]:
+        """To a teacher inside the learner, which holds the weights that the rollout servers have."""
+        if self._inside is None:
+            return {}
+        values = await self._inside.compare(teacher, rollouts)
+        return {f"{_SET}/{name}": mean(values[name]) for name in ("kl_reverse", "kl_forward")}

@@ -24,6 +24,7 @@ from opd_megatron.controller import commit, records
 from opd_megatron.controller.core import Core, CoreSettings
 from opd_megatron.controller.evaluation import Evaluator
 from opd_megatron.controller.heartbeat import beating
+from opd_megatron.controller.in_process import LearnerTeachers
 from opd_megatron.controller.publishing import Publisher
 from opd_megatron.controller.roles import open_roles, wait_for_learner, wait_for_servers
 from opd_megatron.controller.samples import SampleMaker
@@ -152,7 +153,11 @@ async def _train(
             await check_numerics(recipe, roles, publisher, train, attempt, core.version, console)
         evaluator = None
         if inputs.heldout is not None:
-            evaluator = Evaluator(recipe, roles, tokenizer, inputs.heldout.prompts, aliases)
+            inside = LearnerTeachers(roles.learner, attempt.batches)
+            prompts = inputs.heldout.prompts
+            evaluator = Evaluator(recipe, roles, tokenizer, prompts, aliases, inside)
+            for line in evaluator.not_measured():
+                console.say(line)
         recorded = core.step if newest is not None else -1
         book = records.Records(run, attempt_number, recorded)
         stack.callback(book.close)

@@ -18,7 +18,7 @@ from opd_megatron.serving.keys import read_keys
 
 @dataclass(frozen=True)
 class Roles:
-    """Who the controller talks to."""
+    """Who the controller talks to. `teachers` are those with servers; the others are inside the learner."""
 
     rollout: tuple[SglangClient, ...]
     teachers: dict[str, tuple[SglangClient, ...]]
@@ -59,7 +59,7 @@ def open_roles(
         rollout=clients("rollout", recipe.rollout.server),
         teachers={
             name: clients(f"teacher-{name}", teacher.server)
-            for name, teacher in recipe.teachers.items()
+            for name, teacher in recipe.served_teachers.items()
         },
         learner=LearnerLink(attempt.mailbox, recipe.learner.step_timeout_s),
     )

@@ -20,7 +20,7 @@ class SampleMaker:
     """Makes the samples of one prompt.
 
     Attributes:
-        topk: K to ask the teachers for; 0 for the sampled tokens only.
+        topk: K to ask served teachers for; 0 for the sampled tokens only.
         aliases: of each teacher.
     """
 
@@ -28,8 +28,9 @@ class SampleMaker:
         self, recipe: Recipe, tokenizer: ChatTokenizer, aliases: Mapping[str, TokenAliases]
     ) -> None:
         settings = LossSettings.of(recipe)
-        # A teacher has no more than the whole vocabulary to send.
-        self.topk = min(settings.teacher_topk, tokenizer.vocab_size)
+        # A teacher has no more than the whole vocabulary to send; one inside the learner sends nothing.
+        wanted = settings.teacher_topk if recipe.served_teachers else 0
+        self.topk = min(wanted, tokenizer.vocab_size)
         self.aliases = aliases
         self._tokenizer = tokenizer
         self._masked_ids = _masked_ids(recipe.objective.mask_special_tokens, tokenizer)

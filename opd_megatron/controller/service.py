@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,9 @@ from opd_megatron.exchange.batch_file import write_batch
 from opd_megatron.observe.console import RunConsole
 from opd_megatron.observe.waiting import WaitNotice
 from opd_megatron.rundir import AttemptDir, RunDir
+from opd_megatron.teacher.in_process import unscored
 from opd_megatron.teacher.scoring import score_rollouts
-from opd_megatron.types import Prompt, Sample
+from opd_megatron.types import Prompt, Sample, TeacherScores
 
 Work = Callable[[Any], Awaitable[protocol.Event]]
 _MEMORY_EVERY = 10  # steps; reading every process's memory map costs tens of milliseconds
@@ -178,6 +179,9 @@ class Service:
             samples = self.context.sample_maker.make(self._prompt(position), rollouts, scores)
             return protocol.Scored(position, attempt, samples)
         teacher = self._prompt(position).teacher or next(iter(self.context.recipe.teachers))
+        if teacher in self.context.recipe.in_process_teachers:
+            scores = [unscored(r, teacher, self.context.sample_maker.topk) for r in rollouts]
+            return await self._samples_of(action, scores)
         try:
             with self._stopwatch().stage("teacher"):
                 scores = await score_rollouts(
@@ -191,15 +195,23 @@ class Service:
             return protocol.PromptFailed(position, attempt, "refused", str(error))
         except ContractError as error:
             return protocol.PromptFailed(position, attempt, "contract", str(error))
+        return await self._samples_of(action, scores)
+
+    async def _samples_of(
+        self, action: protocol.Score, scores: Sequence[TeacherScores]
+    ) -> protocol.Event:
         make = self.context.sample_maker.make
-        samples = await asyncio.to_thread(make, self._prompt(position), rollouts, scores)
-        return protocol.Scored(position, attempt, samples)
+        prompt = self._prompt(action.position)
+        samples = await asyncio.to_thread(make, prompt, action.rollouts, scores)
+        return protocol.Scored(action.position, action.attempt, samples)
 
     # ------------------------------------------------------------ the step
 
     async def _train(self, action: protocol.Train) -> protocol.Event:
         batch = self.context.attempt.batches / f"step_{action.step:06d}.safetensors"
         write_batch(batch, action.step, action.version, action.samples)
+        # Every request is answered by now; what a teacher inside the learner takes is no latency.
+        self._latencies = sorted(self._stopwatch().durations("teacher"))
         answer = await self.context.roles.learner.ask(
             "train",
             batch=str(batch),
@@ -210,6 +222,8 @@ class Service:
         timings = answer["timings"]
         worked = timings["forward_backward_s"] + timings["optimizer_s"]
         self._stopwatch().add("learner", end - worked, end)
+        if "teacher_s" in timings:
+            self._stopwatch().add("teacher", end - worked - timings["teacher_s"], end - worked)
         self._samples = action.samples
         if not answer["applied"]:
             kept = keep_refused(batch)
@@ -259,7 +273,6 @@ class Service:
         """Stop the step's clock; evaluation and records are not part of the step."""
         if self._watch is not None:
             self._perf = self._watch.metrics()
-            self._latencies = sorted(self._watch.durations("teacher"))
             self._watch = None
 
     def _record(self, action: protocol.RecordStep) -> None:
@@ -272,6 +285,7 @@ class Service:
             metrics |= records.speed_metrics(self._samples, self._perf)
             if not context.recipe.is_supervised:
                 metrics |= records.age_metrics(self._samples, step - 1)
+            if self._latencies:
                 metrics["teacher/latency_p95_s"] = self._latencies[
                     int(0.95 * (len(self._latencies) - 1))
                 ]

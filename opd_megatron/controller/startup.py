@@ -6,6 +6,8 @@
 3. The same rollouts scored by prefill on the rollout server, as if it were the teacher: the k1 estimate of
    KL(student || teacher) and the largest difference must be about 0. This is the whole teacher path: alignment of
    ids, temperature, parsing.
+4. The same rollouts under every teacher inside the learner: no score is NaN, and one with the student's own files
+   is at distance 0 from a student that has not trained yet.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from safetensors.numpy import load_file
 
 from opd_megatron.config.schema import Recipe
 from opd_megatron.controller.generation import generate_group, sampling_of
+from opd_megatron.controller.in_process import LearnerTeachers, mean
 from opd_megatron.controller.publishing import Publisher
 from opd_megatron.controller.roles import Roles
 from opd_megatron.data.prompts import PromptSet
@@ -73,6 +76,43 @@ async def check_numerics(
     teacher = np.concatenate([score.sampled_logprobs for score in scores])
     if recipe.rollout.temperature == 1.0:
         _compare("student as its own teacher", learner, teacher, tolerance, console)
+    inside = LearnerTeachers(roles.learner, attempt.batches)
+    for name in recipe.in_process_teachers:
+        await _check_inside(recipe, name, inside, rollouts, version, console)
+
+
+async def _check_inside(
+    recipe: Recipe,
+    name: str,
+    inside: LearnerTeachers,
+    rollouts: list[Rollout],
+    version: int,
+    console: RunConsole,
+) -> None:
+    """A teacher inside the learner, on the rollouts of the checks.
+
+    Raises:
+        NumericsError: a score is NaN, or the student's own weights are not at distance 0.
+    """
+    values = await inside.compare(name, rollouts)
+    reverse, forward = mean(values["kl_reverse"]), mean(values["kl_forward"])
+    num_tokens = len(values["kl_reverse"])
+    console.say(
+        f"check: teacher {name} inside the learner: KL(student || teacher) {reverse:.3g}, "
+        f"KL(teacher || student) {forward:.3g} nats over {num_tokens} tokens"
+    )
+    for what, values_N in values.items():
+        if np.isnan(values_N).any():
+            raise NumericsError(
+                f"teachers.{name}={recipe.teachers[name].path!r}: {what} is NaN on the rollouts of the "
+                f"checks; look at its weights and at learner.precision"
+            )
+    teacher = recipe.teachers[name]
+    same_files = Path(teacher.path).resolve() == Path(recipe.student.path).resolve()
+    if same_files and version == 0 and not teacher.aliases:
+        tolerance = recipe.preflight.logprob_tolerance_nats
+        student, theirs = values["student_logprobs"], values["teacher_logprobs"]
+        _compare(f"student as its own teacher {name}", student, theirs, tolerance, console)
 
 
 async def _as_teacher(roles: Roles, rollouts: list[Rollout]) -> list[TeacherScores]:

@@ -9,7 +9,7 @@ from opd_megatron.data.rows import RowScan
 from opd_megatron.errors import ConfigError, DataError
 from opd_megatron.eval.grading import make_grader
 from opd_megatron.losses.catalog import Objective
-from opd_megatron.losses.combinations import check_served, check_settings
+from opd_megatron.losses.combinations import check_in_process, check_served, check_settings
 from opd_megatron.losses.settings import LossSettings
 from opd_megatron.teacher.aliases import resolve_aliases
 
@@ -22,7 +22,10 @@ def check_loss(recipe: Recipe) -> Objective:
     """
     settings = LossSettings.of(recipe)
     row = check_settings(settings)
-    check_served(settings)
+    if recipe.served_teachers:
+        check_served(settings, tuple(recipe.served_teachers))
+    if recipe.in_process_teachers:
+        check_in_process(settings)
     learner = recipe.learner
     if settings.student_topk and learner.loss_mode in ("chunked", "recompute"):
         raise ConfigError.of(
@@ -30,6 +33,13 @@ def check_loss(recipe: Recipe) -> Objective:
             learner.loss_mode,
             f"keeps no logits, and objective.support={recipe.objective.support} needs the student's top-K of them",
             "set learner.loss_mode=in_place",
+        )
+    if settings.has_full_support and learner.loss_mode == "recompute":
+        raise ConfigError.of(
+            "learner.loss_mode",
+            learner.loss_mode,
+            "has no form over the whole vocabulary",
+            "set learner.loss_mode=chunked, which keeps no logits either, or in_place",
         )
     if learner.loss_backend == "triton" and recipe.device == "cpu":
         raise ConfigError.of(
@@ -42,7 +52,7 @@ def check_loss(recipe: Recipe) -> Objective:
         raise ConfigError.of(
             "rollout.temperature",
             recipe.rollout.temperature,
-            "the student's log-probs in the loss are at this temperature, a served teacher's at 1: the student would "
+            "the student's log-probs in the loss are at this temperature, a teacher's at 1: the student would "
             "learn to be the teacher only when sampled at this temperature",
             "set rollout.temperature=1.0, or objective.allow_biased=true if that is what you want",
         )

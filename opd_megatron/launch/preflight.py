@@ -18,7 +18,7 @@ from opd_megatron.eval.grading import make_grader
 from opd_megatron.launch.doctor import torch_cuda
 from opd_megatron.launch.gpus import check_precision, visible_gpus
 from opd_megatron.launch.loss_checks import check_aliases, check_loss, check_task
-from opd_megatron.megatron.architecture import architecture_of, check_layout
+from opd_megatron.megatron.architecture import architecture_of, check_layout, check_teacher
 from opd_megatron.megatron.precision import fp8_settings
 
 # The second is there in containers that see a device and not the host's /proc entries.
@@ -106,16 +106,21 @@ def check_machine(recipe: Recipe) -> None:
 
 def check_learner(recipe: Recipe) -> None:
     """Whether the learner knows the student's architecture, the layout divides it, and the precision
-    fits its layers and this machine's GPUs, if it has any.
+    fits its layers and this machine's GPUs, if it has any; the same of the teachers inside it.
 
     Raises:
-        ConfigError: as `architecture_of`, `check_layout`, `fp8_settings` and `check_precision`.
+        ConfigError: as `architecture_of`, `check_layout`, `check_teacher`, `fp8_settings` and
+            `check_precision`.
     """
     student = Path(recipe.student.path)
     config = read_model_config(student, "student.path")
     arch = architecture_of(config, str(student / "config.json"))
     check_layout(arch, recipe.learner)
     fp8_settings(arch.num_layers, recipe.learner)
+    for name, teacher in recipe.in_process_teachers.items():
+        config = read_model_config(Path(teacher.path), f"teachers.{name}.path")
+        own = architecture_of(config, str(Path(teacher.path) / "config.json"))
+        check_teacher(name, own, arch, recipe.learner)
     check_precision(recipe, visible_gpus())
 
 

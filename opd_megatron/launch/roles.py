@@ -29,10 +29,10 @@ class Server:
 
 
 def place_servers(recipe: Recipe, ports: PortReservations) -> dict[str, list[Server]]:
-    """Servers by role: "rollout", and "teacher-<name>" for each teacher; none where the run asks none."""
+    """Servers by role: "rollout", and "teacher-<name>" for each served teacher; none where the run asks none."""
     wanted = {"rollout": (recipe.student.path, recipe.rollout.server)} | {
         f"teacher-{name}": (teacher.path, teacher.server)
-        for name, teacher in recipe.teachers.items()
+        for name, teacher in recipe.served_teachers.items()
     }
     placed: dict[str, list[Server]] = {}
     for role, (model_path, config) in wanted.items():

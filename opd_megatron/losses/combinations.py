@@ -8,7 +8,7 @@ unless the recipe says `objective.allow_biased`. Imports no torch.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from opd_megatron.errors import ConfigError
 from opd_megatron.losses.catalog import Objective, find_objective
@@ -213,17 +213,37 @@ def check_settings(settings: LossSettings) -> Objective:
     return row
 
 
-def check_served(settings: LossSettings) -> None:
+def check_served(settings: LossSettings, served: Sequence[str]) -> None:
     """Refuse a support whose tokens a served teacher does not score.
 
+    Args:
+        served: names of the teachers that servers hold.
+
     Raises:
-        ConfigError: the support needs the teacher's log-probs at the student's choice of tokens.
+        ConfigError: the support needs the teacher's log-probs at the student's choice of tokens, or
+            at all of them.
     """
     objective = settings.objective
     if settings.has_support and objective.support not in SERVED_SUPPORTS:
+        engines = " ".join(f"teachers.{name}.engine=in_process" for name in served)
         raise ConfigError.of(
             "objective.support",
             objective.support,
             "holds tokens that a served teacher does not score: it sends its own top-K and the sampled token",
-            f"use one of: {', '.join(SERVED_SUPPORTS)}",
+            f"use one of: {', '.join(SERVED_SUPPORTS)}; or set {engines}",
+        )
+
+
+def check_in_process(settings: LossSettings) -> None:
+    """Refuse what is not computed from a teacher's logits.
+
+    Raises:
+        ConfigError: the top-K surrogate over the whole vocabulary.
+    """
+    if settings.has_full_support and settings.objective.estimator != "support_matching":
+        raise ConfigError.of(
+            "objective.support",
+            "full",
+            f"{settings.objective.estimator} is of a list of tokens, and the whole vocabulary is never listed",
+            "set objective.estimator=support_matching: over all tokens, student-weighted, both have one gradient",
         )

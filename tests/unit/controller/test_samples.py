@@ -13,9 +13,10 @@ from opd_megatron.config.schema import ObjectiveConfig, Recipe, TaskConfig
 from opd_megatron.controller.samples import SampleMaker
 from opd_megatron.data.chat import ChatTokenizer, load_chat_tokenizer
 from opd_megatron.errors import ContractError
-from opd_megatron.exchange.batch_file import read_whole, write_batch
+from opd_megatron.exchange.batch_file import read_index, read_whole, write_batch
 from opd_megatron.teacher.aliases import TokenAliases
-from opd_megatron.types import Prompt, Rollout, TeacherScores
+from opd_megatron.teacher.in_process import unscored
+from opd_megatron.types import Prompt, Rollout, Sample, TeacherScores
 
 ENDOFTEXT, IM_START, IM_END = 1, 2, 3
 
@@ -104,3 +105,29 @@ def test_a_graded_response_travels_with_its_reward(
     assert whole.groups.tolist() == [0, 0, 0] and whole.trainable.all()
     with pytest.raises(ContractError, match="no answer to grade"):
         maker.make(prompt(None), rollouts[:1], [scores(right)])
+
+
+def test_a_sample_without_scores_carries_nan_until_the_learner_fills_it(tmp_path: Path) -> None:
+    first, second = rollout((5, 6, IM_END), number=0), rollout((7,), number=1)
+    served = TeacherScores(
+        "served",
+        np.zeros(1, np.float32),
+        np.ones((1, 2), np.int32),
+        np.zeros((1, 2), np.float32),
+    )
+    samples = [Sample(first, unscored(first, "inside", topk=2)), Sample(second, served)]
+    write_batch(tmp_path / "batch", 1, 0, samples)
+    assert read_index(tmp_path / "batch").teachers == ("inside", "served")
+    whole = read_whole(tmp_path / "batch", with_topk=True)
+    assert np.isnan(whole.teacher_logprobs).tolist() == [True, True, True, False]
+    assert whole.topk_logprobs is not None
+    assert np.isnan(whole.topk_logprobs[:, 0]).tolist() == [True, True, True, False]
+
+
+def test_a_teacher_inside_the_learner_is_asked_for_no_topk(
+    demo: Recipe, tokenizer: ChatTokenizer
+) -> None:
+    recipe = replace(demo, objective=ObjectiveConfig(estimator="support_matching", topk=4))
+    assert SampleMaker(recipe, tokenizer, {}).topk == 4
+    inside = replace(demo.teachers["main"], engine="in_process")
+    assert SampleMaker(replace(recipe, teachers={"main": inside}), tokenizer, {}).topk == 0

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from opd_megatron.config.overrides import apply_overrides
 from opd_megatron.config.recipes import load_recipe
+from opd_megatron.config.rules import problems
 from opd_megatron.config.schema import Recipe
 from opd_megatron.errors import ConfigError, OpdError
-from opd_megatron.launch.preflight import check_inputs
+from opd_megatron.launch.preflight import check_inputs, check_learner
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +28,20 @@ def demo() -> Recipe:
         (["objective.estimator=k3_differentiated"], "descends KL(q || pi)"),
         (["rollout.temperature=0.7"], "rollout.temperature=0.7"),
         (["objective.estimator=support_matching", "objective.support=full"], "does not score"),
+        (
+            [
+                *("teachers.main.engine=in_process", "objective.estimator=support_matching"),
+                *("objective.support=full", "learner.loss_mode=recompute"),
+            ],
+            "learner.loss_mode='recompute'",
+        ),
+        (
+            [
+                *("teachers.main.engine=in_process", "objective.estimator=support_matching"),
+                *("objective.support=union", "learner.loss_mode=chunked"),
+            ],
+            "learner.loss_mode='chunked'",
+        ),
         (["objective.discount=1"], "correction.level"),
         (["filter.score=kl", "filter.low=70"], "chooses by the very token"),
         (["task.coefficient=1", "task.grader=exact_matc"], "did you mean 'exact_match'"),
@@ -44,6 +61,14 @@ def test_a_loss_that_is_not_what_it_says_is_refused(
         ["objective.estimator=support_matching", "objective.topk=8"],
         ["objective.estimator=k3_differentiated", "objective.allow_biased=true"],
         ["objective.discount=1", "correction.level=sequence"],
+        *(
+            [
+                "teachers.main.engine=in_process",
+                "objective.estimator=support_matching",
+                f"objective.support={support}",
+            ]
+            for support in ("full", "union", "student_topk", "symmetric_difference")
+        ),
         ["filter.score=teacher_entropy", "filter.low=70"],
         ["rollout.temperature=0.7", "objective.allow_biased=true"],
     ],
@@ -59,3 +84,34 @@ def test_a_task_needs_an_answer_in_every_training_row(demo: Recipe, tmp_path: Pa
     overrides = [f"data.train={path}", "task.coefficient=1"]
     with pytest.raises(OpdError, match=r"train.jsonl:2 has no 'answer'"):
         check_inputs(apply_overrides(demo, overrides))
+
+
+def test_a_mixed_recipe_may_ask_only_for_what_both_kinds_of_teacher_know(demo: Recipe) -> None:
+    settings = ["objective.estimator=support_matching", "objective.support=full"]
+    inside = apply_overrides(demo, ["teachers.main.engine=in_process"])
+    mixed = dataclasses.replace(inside, teachers=inside.teachers | {"other": demo.teachers["main"]})
+    check_inputs(apply_overrides(inside, settings))
+    with pytest.raises(ConfigError, match=r"set teachers\.other\.engine=in_process"):
+        check_inputs(apply_overrides(mixed, settings))
+
+
+def test_only_a_teacher_inside_the_learner_can_be_offloaded(demo: Recipe) -> None:
+    offload = ["teachers.main.offload=true"]
+    assert any(
+        "teachers.main.offload=True" in line for line in problems(apply_overrides(demo, offload))
+    )
+    inside = apply_overrides(demo, [*offload, "teachers.main.engine=in_process"])
+    assert problems(inside) == []
+
+
+def test_a_teacher_inside_the_learner_must_fit_its_ranks(demo: Recipe, tmp_path: Path) -> None:
+    odd = tmp_path / "odd"
+    shutil.copytree(demo.teachers["main"].path, odd)
+    config = json.loads((odd / "config.json").read_text())
+    (odd / "config.json").write_text(json.dumps(config | {"intermediate_size": 51}))
+    overrides = [f"teachers.main.path={odd}", "teachers.main.engine=in_process"]
+    with pytest.raises(ConfigError, match=r"must divide teachers\.main's intermediate_size = 51"):
+        check_learner(apply_overrides(demo, overrides))
+    (odd / "config.json").write_text(json.dumps(config | {"vocab_size": 48}))
+    with pytest.raises(ConfigError, match="vocabulary of 48 rows is not the student's of 32"):
+        check_learner(apply_overrides(demo, overrides))

@@ -16,7 +16,7 @@ from opd_megatron.config.schema import (
 )
 from opd_megatron.errors import ConfigError
 from opd_megatron.losses.catalog import OBJECTIVES, Objective, find_objective
-from opd_megatron.losses.combinations import check_served, check_settings
+from opd_megatron.losses.combinations import check_in_process, check_served, check_settings
 from opd_megatron.losses.divergences import DIVERGENCES, make_divergence
 from opd_megatron.losses.estimators import ESTIMATORS
 from opd_megatron.losses.settings import SERVED_SUPPORTS, SUPPORT_ESTIMATORS, LossSettings
@@ -181,8 +181,18 @@ def test_supports_beyond_what_a_server_sends_are_refused_for_served_teachers() -
     for name in SUPPORTS:
         settings = objective(estimator="support_matching", support=name)
         if name in SERVED_SUPPORTS:
-            check_served(settings)
+            check_served(settings, ["main"])
         else:
             with pytest.raises(ConfigError, match="does not score") as caught:
-                check_served(settings)
+                check_served(settings, ["main"])
             assert f"objective.support={name!r}" in str(caught.value)
+            assert "teachers.main.engine=in_process" in str(caught.value)
+
+
+def test_the_surrogate_of_a_list_of_tokens_is_refused_over_the_whole_vocabulary() -> None:
+    check_in_process(objective(estimator="support_matching", support="full"))
+    check_in_process(objective(estimator="topk_surrogate", support="union"))
+    with pytest.raises(ConfigError, match="never listed"):
+        check_in_process(
+            objective(estimator="topk_surrogate", support="full", measure="renormalized")
+        )
