@@ -49,6 +49,14 @@ class ServerError(OpdError):
     """A server refused, timed out or could not be reached after the retry budget."""
 
 
+class TimedOut(ServerError):
+    """A server took a request and did not answer it in time."""
+
+
+class Unreachable(ServerError):
+    """A server could not be reached, or failed every time, within the retry budget."""
+
+
 class RequestRefused(ServerError):
     """A server called one request wrong (400, 413, 422): repeating it can not help, other requests can."""
 

@@ -25,17 +25,16 @@ from typing import Any
 import numpy as np
 
 from opd_megatron.errors import ContractError
+from opd_megatron.serving.answers import Unanswered
 from opd_megatron.serving.contract import (
     Generation,
     ScoredResponse,
-    broken,
-    parse_generation,
-    parse_items,
-    parse_score,
-    parse_version,
+    read_generations,
+    read_scores,
 )
+from opd_megatron.serving.fields import broken, parse_version
 from opd_megatron.serving.keys import ServerKeys
-from opd_megatron.serving.transport import HttpTransport, Unanswered
+from opd_megatron.serving.transport import HttpTransport
 
 _READY_POLL_S = 0.2
 _READY_TIMEOUT_S = 30.0
@@ -83,8 +82,8 @@ class SglangClient:
         url: base URL.
         keys: the run's keys.
         vocab_size: ids must be below this.
-        timeout_s: budget of one request.
-        max_retries: further tries after a failed connection, 429 or 5xx.
+        timeout_s: budget of one call, its tries and waits included.
+        max_retries: further tries after a failed connection or 5xx.
     """
 
     def __init__(
@@ -176,21 +175,16 @@ class SglangClient:
                 "rid": wire,
             }
             answer = await self._http.request_once(
-                "POST", "/generate", key=self._keys.api, body=body
+                "POST", "/generate", key=self._keys.api, body=body, paced=True
             )
-            return [
-                parse_generation(
-                    item,
-                    rid=rid,
-                    sent_as=wire_id,
-                    prompt_length=len(prompt),
-                    vocab_size=self.vocab_size,
-                    max_new_tokens=sampling.max_new_tokens,
-                )
-                for item, rid, wire_id, prompt in zip(
-                    parse_items(answer, len(prompts)), rids, wire, prompts, strict=True
-                )
-            ]
+            return read_generations(
+                answer,
+                rids=rids,
+                sent_as=wire,
+                prompts=prompts,
+                vocab_size=self.vocab_size,
+                max_new_tokens=sampling.max_new_tokens,
+            )
 
         return await self._http.with_retries("/generate", attempt)
 
@@ -288,21 +282,15 @@ class SglangClient:
                 "rid": wire,
             }
             answer = await self._http.request_once(
-                "POST", "/generate", key=self._keys.api, body=body
+                "POST", "/generate", key=self._keys.api, body=body, paced=True
             )
-            return [
-                parse_score(
-                    item,
-                    sent_as=wire_id,
-                    prompt_ids=prompt,
-                    response_ids=response,
-                    vocab_size=self.vocab_size,
-                    topk=topk,
-                )
-                for item, wire_id, (prompt, response) in zip(
-                    parse_items(answer, len(sequences)), wire, sequences, strict=True
-                )
-            ]
+            return read_scores(
+                answer,
+                sent_as=wire,
+                sequences=sequences,
+                vocab_size=self.vocab_size,
+                topk=topk,
+            )
 
         return await self._http.with_retries("/generate", attempt)
 

@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opd_megatron.errors import ContractError, OpdError, ServerError
+from opd_megatron.serving.answers import error_message
 from opd_megatron.serving.contract import (
-    error_message,
     parse_generation,
     parse_items,
     parse_score,
-    parse_version,
 )
+from opd_megatron.serving.fields import parse_version
 
 VOCAB = 8
 Change = Callable[[dict[str, Any]], Any]
@@ -29,6 +29,7 @@ def generation_item() -> dict[str, Any]:
         "meta_info": {
             "id": "r/0",
             "prompt_tokens": 2,
+            "completion_tokens": 3,
             "finish_reason": {"type": "stop", "matched": 1},
             "weight_version": "3",
             "weight_versions": [
@@ -55,6 +56,7 @@ def flat(array: Sequence[Sequence[float]], dtype: str) -> str:
     return base64.b64encode(np.asarray(array, dtype=dtype).tobytes()).decode()
 
 
+# The first row holds the sampled token 4, the second the sampled token 1.
 TOP_IDS = [[5, 4, 0], [1, 2, 3]]
 TOP_LOGPROBS = [[-0.2, -2.0, -4.0], [-0.1, -3.0, -5.0]]
 
@@ -63,6 +65,7 @@ def score_item(nested: bool = False) -> dict[str, Any]:
     meta: dict[str, Any] = {
         "id": "s/0",
         "prompt_tokens": 5,
+        "completion_tokens": 0,
         "finish_reason": {"type": "length", "length": 0},
         "weight_version": "7",
         "input_token_logprobs": [[None, 6, None], [-2.0, 4, None], [-0.1, 1, None]],
@@ -128,6 +131,13 @@ GENERATION_CHANGES: dict[str, Change] = {
     "no finish reason": put("meta_info", "finish_reason", value=None),
     "unknown finish reason": put("meta_info", "finish_reason", value={"type": "done"}),
     "cut short but called length": put("meta_info", "finish_reason", value={"type": "length"}),
+    "length that is not the number of ids": put(
+        "meta_info", "finish_reason", value={"type": "length", "length": 5}
+    ),
+    "stopped at a token that is not the last": put(
+        "meta_info", "finish_reason", "matched", value=4
+    ),
+    "another number of tokens": put("meta_info", "completion_tokens", value=2),
     "no ids": put("output_ids", value=[]),
     "ids are text": put("output_ids", value="451"),
     "too many ids": put("output_ids", value=[4] * 6),
@@ -142,6 +152,7 @@ GENERATION_CHANGES: dict[str, Change] = {
     "log-prob is -inf": put("meta_info", "output_token_logprobs", 0, 0, value=float("-inf")),
     "log-prob is positive": put("meta_info", "output_token_logprobs", 0, 0, value=0.01),
     "log-prob is a boolean": put("meta_info", "output_token_logprobs", 0, 0, value=False),
+    "log-prob is no float32": put("meta_info", "output_token_logprobs", 0, 0, value=-1e300),
     "row is too short": put("meta_info", "output_token_logprobs", 0, value=[-0.5]),
     "no versions": put("meta_info", "weight_versions", value=[]),
     "version is not a number": put("meta_info", "weight_versions", 0, "version", value="default"),
@@ -224,6 +235,21 @@ SCORE_CHANGES: dict[str, Change] = {
     "an id is too large": put(
         "meta_info", B64.format("idx"), value=flat([[5, VOCAB, 0], [1, 2, 3]], "<i4")
     ),
+    "not sorted": put(
+        "meta_info", B64.format("val"), value=flat([[-0.2, -2, -4], [-0.1, -5, -3]], "<f4")
+    ),
+    "rows exchanged": lambda item: item["meta_info"].update(
+        {
+            B64.format("val"): flat(TOP_LOGPROBS[::-1], "<f4"),
+            B64.format("idx"): flat(TOP_IDS[::-1], "<i4"),
+        }
+    ),
+    "a sampled token is left out": put(
+        "meta_info", B64.format("idx"), value=flat([[5, 3, 0], [1, 2, 3]], "<i4")
+    ),
+    "a top log-prob is -inf": put(
+        "meta_info", B64.format("val"), value=flat([[-0.2, -2, -np.inf], [-0.1, -3, -5]], "<f4")
+    ),
     "mass above one": put(
         "meta_info", B64.format("val"), value=flat([[-0.2, -0.3, -4], [-1, -3, -5]], "<f4")
     ),
@@ -252,6 +278,8 @@ NESTED_CHANGES: dict[str, Change] = {
     "an id is text": put("meta_info", "input_top_logprobs", 2, 0, 1, value="1"),
     "a value is null": put("meta_info", "input_top_logprobs", 2, 0, 0, value=None),
     "an id repeats": put("meta_info", "input_top_logprobs", 2, 0, 1, value=2),
+    "an id of more than 32 bits": put("meta_info", "input_top_logprobs", 2, 2, 1, value=1 << 40),
+    "a value is a boolean": put("meta_info", "input_top_logprobs", 2, 0, 0, value=False),
 }
 
 
@@ -261,13 +289,6 @@ def test_a_malformed_nested_top_k_is_refused(name: str) -> None:
     NESTED_CHANGES[name](item)
     with pytest.raises(ContractError, match="input_top_logprobs"):
         read_score(item)
-
-
-def test_minus_infinity_is_an_ordinary_top_k_value() -> None:
-    item = score_item()
-    values = flat([[-0.2, -2.0, -np.inf], [-0.1, -3.0, -5.0]], "<f4")
-    item["meta_info"][B64.format("val")] = values
-    assert read_score(item).topk_logprobs[0, 2] == -np.inf
 
 
 @pytest.mark.parametrize(

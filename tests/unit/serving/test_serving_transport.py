@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from opd_megatron.errors import ContractError, RequestRefused, ServerError
+from opd_megatron.errors import ContractError, RequestRefused, ServerError, Unreachable
 from opd_megatron.serving import transport
 from opd_megatron.serving.client import SglangClient
 from opd_megatron.serving.keys import ServerKeys
@@ -172,13 +172,13 @@ def test_a_second_try_of_a_generation_carries_another_request_id() -> None:
 
     async def fail(request: web.BaseRequest) -> web.StreamResponse:
         bodies.append(await request.json())
-        return answer_json({"error": "busy"}, 503)
+        return answer_json({"error": "down"}, 500)
 
     async def generate(url: str) -> None:
         async with SglangClient("r", url, KEYS, vocab_size=8, max_retries=1) as client:
             await client.score([((1,), (2,)), ((1,), ())])
 
-    with pytest.raises(ServerError, match="503"):
+    with pytest.raises(Unreachable, match="500"):
         against(fail, generate)
     first, second = (body["rid"] for body in bodies)
     assert len(first) == len(second) == 1  # the empty response is not sent
