@@ -6,6 +6,7 @@ Tests run in file order: they change the server's weights, and the last one kill
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import socket
 import subprocess
@@ -13,143 +14,55 @@ import time
 from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import psutil
 import pytest
-import torch
 from inside_learner import asked_twice
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from record_answers import record
+from tiny_servers import (
+    VOCAB,
+    RunningServer,
+    make_model,
+    of_ids,
+    probe_logprobs,
+    reference_logprobs,
+    running,
+)
 
-from opd_megatron.config.schema import ServerConfig
 from opd_megatron.errors import EXIT_RETRY, ContractError, NumericsError, ServerError
 from opd_megatron.serving.client import Sampling, SglangClient
-from opd_megatron.serving.command import ServerCommand, server_command
-from opd_megatron.serving.keys import ServerKeys, new_keys, write_keys
+from opd_megatron.serving.keys import ServerKeys, new_keys
 from opd_megatron.teacher.scoring import score_rollouts
 from opd_megatron.types import Rollout
 from opd_megatron.weight_sync.disk import push_weights, verify_weights
 
 pytestmark = pytest.mark.real
 
-VOCAB = 64
 PROMPTS = ((3, 4, 5, 6), (7, 8), (9,), (3, 4, 5, 10))
 TOLERANCE_NATS = 1e-4
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class RunningServer:
-    process: psutil.Popen
-    url: str
-    port: int
-    keys: ServerKeys
-    command: ServerCommand
-    log: Path
+class Fixture(RunningServer):
+    """The server of this file, and the models it may be given."""
+
     models: dict[str, Path]
-    ready_s: float
-
-    def processes(self) -> list[psutil.Process]:
-        launcher = psutil.Process(self.process.pid)
-        return [launcher, *launcher.children(recursive=True)]
-
-
-def make_model(directory: Path, seed: int) -> Path:
-    torch.manual_seed(seed)
-    config = Qwen3Config(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        eos_token_id=1,
-        bos_token_id=None,
-        pad_token_id=0,
-        initializer_range=0.3,
-    )
-    Qwen3ForCausalLM(config).float().save_pretrained(directory)
-    return directory
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
-
-
-def reference_logprobs(directory: Path, ids: tuple[int, ...], temperature: float = 1.0) -> Any:
-    """[len(ids) - 1, V]: row t is the distribution of token t + 1, by transformers."""
-    model: Any = Qwen3ForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    with torch.no_grad():
-        logits_TV = model(torch.tensor([ids])).logits[0, :-1].double()
-    return torch.log_softmax(logits_TV / temperature, dim=-1).numpy()
-
-
-def of_ids(logprobs_TV: Any, ids: tuple[int, ...]) -> Any:
-    return logprobs_TV[np.arange(len(ids)), list(ids)]
-
-
-def probe_logprobs(directory: Path, probes: tuple[tuple[int, ...], ...]) -> list[list[float]]:
-    return [of_ids(reference_logprobs(directory, ids), ids[1:]).tolist() for ids in probes]
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fixture]:
     folder = tmp_path_factory.mktemp("sglang")
     models = {
         name: make_model(folder / name, seed) for seed, name in enumerate(("first", "second"))
     }
-    keys = new_keys()
-    keys_file = folder / "keys.json"
-    write_keys(keys_file, keys)
-    port = free_port()
-    command = server_command(
-        ServerConfig(
-            context_length=128, max_total_tokens=8192, dtype="float32", mem_fraction_static=0.1
-        ),
-        device="cpu",
-        model_path=models["first"],
-        port=port,
-        keys_file=keys_file,
-        seed=1,
-        weight_version=7,
-        parent_pid=os.getpid(),
-    )
-    log = folder / "server.log"
-    start = time.monotonic()
-    with log.open("wb") as output:
-        process = psutil.Popen(
-            command.argv,
-            env={**os.environ, **command.env},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
-    try:
-        url = f"http://127.0.0.1:{port}"
-        client = SglangClient("rollout-0", url, keys, vocab_size=VOCAB)
-        answer = asyncio.run(_wait(client, process, log))
-        assert answer.weight_version == 7
-        ready_s = time.monotonic() - start
-        yield RunningServer(process, url, port, keys, command, log, models, ready_s)
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.wait(10)
+    limits = ("--max-running-requests", "4", "--max-queued-requests", "20")
+    with running(folder, models["first"], 1, more_arguments=limits) as (started,):
+        yield Fixture(**vars(started), models=models)
 
 
-async def _wait(client: SglangClient, process: psutil.Popen, log: Path) -> Any:
-    def still_alive(waited_s: float, what: str) -> None:
-        assert process.poll() is None, log.read_text()[-3000:]
-
-    async with client:
-        return await client.wait_ready(150.0, still_alive)
-
-
-def call(server: RunningServer, work: Any, **options: Any) -> Any:
+def call(server: Fixture, work: Any, **options: Any) -> Any:
     """Run `work(client)` in a fresh loop with a fresh client."""
 
     async def run() -> Any:
@@ -161,7 +74,7 @@ def call(server: RunningServer, work: Any, **options: Any) -> Any:
     return asyncio.run(run())
 
 
-def test_keys_are_in_no_argument_list_no_log_and_no_environment(server: RunningServer) -> None:
+def test_keys_are_in_no_argument_list_no_log_and_no_environment(server: Fixture) -> None:
     secrets = (server.keys.api, server.keys.admin)
     processes = server.processes()
     assert len(processes) >= 3  # launcher, scheduler, detokenizer
@@ -174,7 +87,7 @@ def test_keys_are_in_no_argument_list_no_log_and_no_environment(server: RunningS
     assert "Traceback" not in log
 
 
-def test_every_listener_is_on_loopback(server: RunningServer) -> None:
+def test_every_listener_is_on_loopback(server: Fixture) -> None:
     listening = [
         connection.laddr
         for process in server.processes()
@@ -185,7 +98,7 @@ def test_every_listener_is_on_loopback(server: RunningServer) -> None:
     assert {address.ip for address in listening} == {"127.0.0.1"}
 
 
-def test_a_taken_port_ends_the_process_with_a_clear_message(server: RunningServer) -> None:
+def test_a_taken_port_ends_the_process_with_a_clear_message(server: Fixture) -> None:
     started = time.monotonic()
     second = subprocess.run(
         server.command.argv,
@@ -201,7 +114,7 @@ def test_a_taken_port_ends_the_process_with_a_clear_message(server: RunningServe
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_generated_logprobs_are_at_the_rollout_temperature(
-    server: RunningServer, temperature: float
+    server: Fixture, temperature: float
 ) -> None:
     sampling = Sampling(temperature=temperature, max_new_tokens=12)
     rids = [f"t{temperature}-{position}" for position in range(len(PROMPTS))]
@@ -216,7 +129,7 @@ def test_generated_logprobs_are_at_the_rollout_temperature(
         assert generation.finish_reason == ("stop" if generation.token_ids[-1] == 1 else "length")
 
 
-def test_samples_of_one_group_differ_and_stop_tokens_stay(server: RunningServer) -> None:
+def test_samples_of_one_group_differ_and_stop_tokens_stay(server: Fixture) -> None:
     stops = tuple(range(2, VOCAB, 2))
     sampling = Sampling(temperature=1.0, max_new_tokens=40, stop_token_ids=stops)
     rids = [f"stop-{position}" for position in range(8)]
@@ -229,7 +142,7 @@ def test_samples_of_one_group_differ_and_stop_tokens_stay(server: RunningServer)
 
 
 def test_a_teacher_inside_the_learner_says_what_the_server_says(
-    server: RunningServer, tmp_path: Path
+    server: Fixture, tmp_path: Path
 ) -> None:
     models = server.models["second"], server.models["first"]
     seen = call(server, lambda client: asked_twice(client, PROMPTS, *models, tmp_path))
@@ -237,7 +150,7 @@ def test_a_teacher_inside_the_learner_says_what_the_server_says(
     assert max(seen.sampled_nats, seen.topk_nats) < 1e-3
 
 
-def test_scores_and_the_whole_distribution_equal_transformers(server: RunningServer) -> None:
+def test_scores_and_the_whole_distribution_equal_transformers(server: Fixture) -> None:
     pairs = [(prompt, tuple(range(11, 11 + 5 * n))) for n, prompt in enumerate(PROMPTS)]
     scores = call(server, lambda client: client.score(pairs, topk=VOCAB))
     for (prompt, response), score in zip(pairs, scores, strict=True):
@@ -254,7 +167,7 @@ def test_scores_and_the_whole_distribution_equal_transformers(server: RunningSer
         assert (np.diff(score.topk_logprobs, axis=1) <= 0).all()
 
 
-def test_teacher_scores_come_back_in_the_order_of_the_rollouts(server: RunningServer) -> None:
+def test_teacher_scores_come_back_in_the_order_of_the_rollouts(server: Fixture) -> None:
     responses = [(20, 21), (22,), (), (23, 24, 25), (26,), (27, 28)]
     rollouts = [
         Rollout(
@@ -279,7 +192,7 @@ def test_teacher_scores_come_back_in_the_order_of_the_rollouts(server: RunningSe
         assert np.allclose(scores.sampled_logprobs, wanted, atol=TOLERANCE_NATS)
 
 
-def test_an_id_outside_the_vocabulary_is_refused_before_it_is_sent(server: RunningServer) -> None:
+def test_an_id_outside_the_vocabulary_is_refused_before_it_is_sent(server: Fixture) -> None:
     sampling = Sampling(temperature=1.0, max_new_tokens=2)
     for ids in ((3, VOCAB), (3, -1)):
         with pytest.raises(ContractError, match="outside the vocabulary"):
@@ -290,7 +203,7 @@ def test_an_id_outside_the_vocabulary_is_refused_before_it_is_sent(server: Runni
 
 
 def test_a_wrong_key_is_refused_and_the_normal_key_does_not_open_admin_routes(
-    server: RunningServer,
+    server: Fixture,
 ) -> None:
     strangers = new_keys()
     for work in (
@@ -312,13 +225,13 @@ def test_a_wrong_key_is_refused_and_the_normal_key_does_not_open_admin_routes(
     assert call(server, lambda client: client.model_info()).weight_version == 7
 
 
-def test_a_request_that_cannot_fit_is_refused_without_a_retry(server: RunningServer) -> None:
+def test_a_request_that_cannot_fit_is_refused_without_a_retry(server: Fixture) -> None:
     sampling = Sampling(temperature=1.0, max_new_tokens=200)
     with pytest.raises(ServerError, match=r"rollout-0 .*/generate: status 400"):
         call(server, lambda client: client.generate([(3,)], sampling, ["long"]))
 
 
-def test_an_update_from_disk_changes_scores_and_version(server: RunningServer) -> None:
+def test_an_update_from_disk_changes_scores_and_version(server: Fixture) -> None:
     probes = (PROMPTS[0] + (11, 12, 13), PROMPTS[1] + (14, 15))
     wanted = probe_logprobs(server.models["second"], probes)
 
@@ -339,7 +252,7 @@ def test_an_update_from_disk_changes_scores_and_version(server: RunningServer) -
     assert (generation.version_first, generation.version_last) == (8, 8)
 
 
-def test_an_update_that_changed_nothing_is_caught(server: RunningServer) -> None:
+def test_an_update_that_changed_nothing_is_caught(server: Fixture) -> None:
     probes = (PROMPTS[0] + (11, 12, 13),)
     wanted = probe_logprobs(server.models["first"], probes)
 
@@ -355,7 +268,7 @@ def test_an_update_that_changed_nothing_is_caught(server: RunningServer) -> None
         call(server, lie)
 
 
-def test_a_missing_directory_is_refused_and_the_old_weights_stay(server: RunningServer) -> None:
+def test_a_missing_directory_is_refused_and_the_old_weights_stay(server: Fixture) -> None:
     probes = (PROMPTS[0] + (11, 12, 13),)
     wanted = probe_logprobs(server.models["second"], probes)
     absent = server.models["second"].with_name("absent")
@@ -370,7 +283,41 @@ def test_a_missing_directory_is_refused_and_the_old_weights_stay(server: Running
     call(server, push)
 
 
-def test_abort_all_ends_running_requests_with_an_error(server: RunningServer) -> None:
+def test_a_server_that_is_full_gets_fewer_requests_at_once_and_answers_all(server: Fixture) -> None:
+    sampling = Sampling(temperature=1.0, max_new_tokens=8)
+
+    async def flood(client: SglangClient) -> Any:
+        return await asyncio.gather(
+            *(client.generate([(3, 4)], sampling, [f"flood-{number}"]) for number in range(80))
+        )
+
+    # One try each: being told to come later costs none.
+    answers = call(server, flood, max_retries=0)
+    assert [answer.rid for (answer,) in answers] == [f"flood-{number}" for number in range(80)]
+
+
+def test_the_recorded_answers_are_like_those_of_this_server(server: Fixture) -> None:
+    folder = Path(__file__).parents[1] / "unit" / "serving"
+    recorded = json.loads((folder / "recorded_answers.json").read_text())
+    today = asyncio.run(record(server))
+    assert recorded["answers"].keys() == today.keys()
+    for name, one in recorded["answers"].items():
+        assert one["request"] == today[name]["request"]
+        assert fields_of(one["answer"]) == fields_of(today[name]["answer"]), name
+
+
+# Fields that an answer has or lacks for how it ended and what was in the cache.
+_CIRCUMSTANCES = ("matched", "length", "cached_tokens_details")
+
+
+def fields_of(value: Any) -> Any:
+    """Every path of keys in a decoded answer."""
+    if isinstance(value, dict):
+        return {k: fields_of(v) for k, v in value.items() if k not in _CIRCUMSTANCES}
+    return fields_of(value[0]) if isinstance(value, list) and value else None
+
+
+def test_abort_all_ends_running_requests_with_an_error(server: Fixture) -> None:
     sampling = Sampling(temperature=1.0, max_new_tokens=120)
 
     async def abort(client: SglangClient) -> None:
@@ -384,7 +331,7 @@ def test_abort_all_ends_running_requests_with_an_error(server: RunningServer) ->
     call(server, abort)
 
 
-def test_kill_9_of_the_launcher_leaves_no_process(server: RunningServer) -> None:
+def test_kill_9_of_the_launcher_leaves_no_process(server: Fixture) -> None:
     processes = server.processes()
     server.process.kill()
     server.process.wait(10)
