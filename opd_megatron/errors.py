@@ -45,6 +45,10 @@ class ContractError(OpdError):
     """A server answered something that breaks the response contract; nothing of it is used."""
 
 
+class InvalidRequest(ContractError):
+    """A request that must not be sent, such as an id that would kill the server: no server is at fault."""
+
+
 class ServerError(OpdError):
     """A server refused, timed out or could not be reached after the retry budget."""
 

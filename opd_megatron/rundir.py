@@ -146,6 +146,11 @@ class AttemptDir:
         return self.root / "heartbeat"
 
     @property
+    def serving(self) -> Path:
+        """Made by the controller once every role is up and checked: from then on a server that dies is replaced."""
+        return self.root / "serving"
+
+    @property
     def finishing(self) -> Path:
         """Made by the controller once all work is committed: the other roles may end from then on."""
         return self.root / "finishing"

@@ -37,6 +37,8 @@ class ServerConfig:
     start_timeout_s: float = number(300.0, 1)
     request_timeout_s: float = number(600.0, 1)
     max_retries: int = number(3, 0, 20)
+    # How often a server that died is started again within one attempt; the one after that ends the attempt.
+    max_restarts: int = number(3, 0, 100)
 
 
 @dataclass(frozen=True, kw_only=True)

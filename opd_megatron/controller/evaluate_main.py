@@ -31,7 +31,8 @@ async def run_evaluation(recipe: Recipe, run: RunDir, attempt: int) -> None:
         Path(recipe.data.heldout), recipe.data, tuple(recipe.teachers), tokenizer, "data.heldout"
     )
     async with AsyncExitStack() as stack:
-        roles = open_roles(recipe, run.attempt(attempt), tokenizer.vocab_size, stack)
+        files = run.attempt(attempt)
+        roles = open_roles(recipe, files, tokenizer.vocab_size, stack, console.say)
         await wait_for_servers(recipe, roles, console)
         evaluator = Evaluator(recipe, roles, tokenizer, heldout.prompts, aliases_of(recipe))
         for line in evaluator.not_measured():

@@ -14,7 +14,8 @@ from opd_megatron.controller.roles import Roles
 from opd_megatron.data.chat import ChatTokenizer
 from opd_megatron.eval.evaluate import AccuracyResult, evaluate_accuracy, evaluate_kl, summarize
 from opd_megatron.eval.grading import Grader, check_answers, make_grader
-from opd_megatron.serving.client import Sampling, SglangClient
+from opd_megatron.serving.client import Sampling
+from opd_megatron.serving.pool import ServerPool
 from opd_megatron.teacher.aliases import TokenAliases
 from opd_megatron.types import Prompt, Rollout
 
@@ -89,12 +90,12 @@ class Evaluator:
             metrics[f"{_SET}/teacher_accuracy"] = teacher.mean
         return metrics
 
-    async def _accuracy(self, clients: Sequence[SglangClient], name: str) -> AccuracyResult:
-        shares = [self._problems[i :: len(clients)] for i in range(len(clients))]
+    async def _accuracy(self, servers: ServerPool, name: str) -> AccuracyResult:
+        shares = [self._problems[i :: len(servers)] for i in range(len(servers))]
         parts = await asyncio.gather(
             *(
                 evaluate_accuracy(
-                    client,
+                    servers,
                     share,
                     self._tokenizer,
                     self.grader,
@@ -102,7 +103,7 @@ class Evaluator:
                     self.settings.samples_per_problem,
                     f"{name}-{number}",
                 )
-                for number, (client, share) in enumerate(zip(clients, shares, strict=True))
+                for number, share in enumerate(shares)
                 if share
             )
         )
@@ -117,8 +118,8 @@ class Evaluator:
         if not self._is_served:
             return await self._kl_inside(teacher, rollouts)
         result = await evaluate_kl(
-            self._roles.rollout[0],
-            self._roles.teachers[teacher][0],
+            self._roles.rollout,
+            self._roles.teachers[teacher],
             rollouts,
             self._tokenizer.vocab_size,
             self._aliases,

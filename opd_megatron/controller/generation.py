@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from opd_megatron.config.schema import RolloutConfig
-from opd_megatron.serving.client import Sampling, SglangClient
+from opd_megatron.serving.client import Sampling
+from opd_megatron.serving.pool import ServerPool
 from opd_megatron.types import Prompt, Rollout
 
 
@@ -20,7 +21,7 @@ def sampling_of(rollout: RolloutConfig) -> Sampling:
 
 
 async def generate_group(
-    client: SglangClient,
+    servers: ServerPool,
     prompt: Prompt,
     sampling: Sampling,
     sample_ids: Sequence[str],
@@ -31,9 +32,9 @@ async def generate_group(
     Raises:
         RequestRefused: the server calls the prompt wrong.
         ContractError: an answer that can not be used; nothing of the group is kept.
-        ServerError: the server can not be used.
+        ServerError: no server can be used.
     """
-    generations = await client.generate(
+    generations = await servers.generate(
         [prompt.token_ids] * len(sample_ids), sampling, [f"{s}/{attempt}" for s in sample_ids]
     )
     return tuple(
@@ -46,7 +47,7 @@ async def generate_group(
             finish_reason=generation.finish_reason,
             version_first=generation.version_first,
             version_last=generation.version_last,
-            server=client.name,
+            server=generation.server,
         )
         for sample_id, generation in zip(sample_ids, generations, strict=True)
     )

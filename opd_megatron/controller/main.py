@@ -135,7 +135,7 @@ async def _train(
     attempt = run.attempt(attempt_number)
     tokenizer, train, aliases = inputs.tokenizer, inputs.train, inputs.aliases
     async with AsyncExitStack() as stack:
-        roles = open_roles(recipe, attempt, tokenizer.vocab_size, stack)
+        roles = open_roles(recipe, attempt, tokenizer.vocab_size, stack, console.say)
         await asyncio.gather(
             wait_for_servers(recipe, roles, console), wait_for_learner(recipe, roles, console)
         )
@@ -151,6 +151,7 @@ async def _train(
             console.say(f"resumed from {newest.path.name}")
         if recipe.uses_servers:
             await check_numerics(recipe, roles, publisher, train, attempt, core.version, console)
+        attempt.serving.touch()
         evaluator = None
         if inputs.heldout is not None:
             inside = LearnerTeachers(roles.learner, attempt.batches)

@@ -9,8 +9,10 @@ from pathlib import Path
 
 from opd_megatron.config.schema import Recipe
 from opd_megatron.controller.roles import Roles
+from opd_megatron.errors import ServerError
 from opd_megatron.rundir import RunDir
-from opd_megatron.weight_sync.disk import push_weights
+from opd_megatron.serving.client import SglangClient
+from opd_megatron.weight_sync.disk import SyncReport, push_weights
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Publisher:
         self._settings = recipe.weight_sync
         self._folder = run.weights
         self._roles = roles
+        self._newest: Published | None = None
+        roles.rollout.bring_up = self._bring_up
 
     async def publish(self, version: int) -> Published:
         """Let the learner write its weights as `weights/v<version>`."""
@@ -44,7 +48,8 @@ class Publisher:
         answer = await self._roles.learner.ask(
             "publish", directory=str(directory), version=version, probe_tokens=probes
         )
-        return Published(directory, version, probes, answer["probe_logprobs"])
+        self._newest = Published(directory, version, probes, answer["probe_logprobs"])
+        return self._newest
 
     async def push(self, published: Published) -> float:
         """Bring every rollout server to a published version.
@@ -58,16 +63,30 @@ class Publisher:
         if not self._roles.rollout:
             self._remove_old(published.version)
             return 0.0
-        report = await push_weights(
-            self._roles.rollout,
+        report = await self._roles.rollout.update(
+            published.version, lambda clients: self._push_to(clients, published)
+        )
+        self._remove_old(published.version)
+        return report.max_delta
+
+    async def _push_to(self, clients: Sequence[SglangClient], published: Published) -> SyncReport:
+        return await push_weights(
+            clients,
             published.directory,
             published.version,
             published.probe_tokens,
             published.probe_logprobs,
             tolerance_nats=self._settings.verify_tolerance_nats,
         )
-        self._remove_old(published.version)
-        return report.max_delta
+
+    async def _bring_up(self, client: SglangClient) -> int:
+        """Give a server that was away the newest published weights."""
+        if self._newest is None:
+            raise ServerError(f"{client.name}: came back before any weights were published")
+        # What it was asked for before it went away is of no use to anybody.
+        await client.abort_all()
+        await self._push_to([client], self._newest)
+        return self._newest.version
 
     def _remove_old(self, newest: int) -> None:
         for path in self._folder.iterdir():

@@ -1,8 +1,9 @@
-"""The controller's view of the other processes: clients by role, and the learner's mailbox."""
+"""The controller's view of the other processes: servers by role, and the learner's mailbox."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
@@ -14,36 +15,38 @@ from opd_megatron.observe.waiting import WaitClock
 from opd_megatron.rundir import AttemptDir
 from opd_megatron.serving.client import SglangClient
 from opd_megatron.serving.keys import read_keys
+from opd_megatron.serving.pool import ServerPool
 
 
 @dataclass(frozen=True)
 class Roles:
     """Who the controller talks to. `teachers` are those with servers; the others are inside the learner."""
 
-    rollout: tuple[SglangClient, ...]
-    teachers: dict[str, tuple[SglangClient, ...]]
+    rollout: ServerPool
+    teachers: dict[str, ServerPool]
     learner: LearnerLink
 
-    def rollout_client(self, position: int) -> SglangClient:
-        """Groups go round robin by prompt position, so that a retry meets the same prefix cache."""
-        return self.rollout[position % len(self.rollout)]
-
-    def teacher_client(self, teacher: str, position: int) -> SglangClient:
-        clients = self.teachers[teacher]
-        return clients[position % len(clients)]
+    def server_metrics(self) -> dict[str, float]:
+        """servers/* over all roles, since the start of the attempt."""
+        pools = [self.rollout, *self.teachers.values()]
+        rows = [pool.metrics() for pool in pools if len(pool) > 0]
+        return {name: sum(row[name] for row in rows) for name in (rows[0] if rows else {})}
 
 
 def open_roles(
-    recipe: Recipe, attempt: AttemptDir, vocab_size: int, stack: AsyncExitStack
+    recipe: Recipe,
+    attempt: AttemptDir,
+    vocab_size: int,
+    stack: AsyncExitStack,
+    say: Callable[[str], None],
 ) -> Roles:
-    """Make a client for every server named in the endpoint file; `stack` closes them."""
+    """Make a pool of clients for every role in the endpoint file; `stack` closes them."""
     keys = read_keys(attempt.keys)
     endpoints = read_json(attempt.endpoints)
 
-    def clients(role: str, config: ServerConfig) -> tuple[SglangClient, ...]:
-        made = []
-        for endpoint in endpoints[role]:
-            client = SglangClient(
+    def pool(role: str, config: ServerConfig) -> ServerPool:
+        clients = [
+            SglangClient(
                 endpoint["name"],
                 endpoint["url"],
                 keys,
@@ -51,14 +54,18 @@ def open_roles(
                 timeout_s=config.request_timeout_s,
                 max_retries=config.max_retries,
             )
+            for endpoint in endpoints[role]
+        ]
+        for client in clients:
             stack.push_async_callback(client.close)
-            made.append(client)
-        return tuple(made)
+        made = ServerPool(role, clients, return_timeout_s=config.start_timeout_s, say=say)
+        stack.push_async_callback(made.close)
+        return made
 
     return Roles(
-        rollout=clients("rollout", recipe.rollout.server),
+        rollout=pool("rollout", recipe.rollout.server),
         teachers={
-            name: clients(f"teacher-{name}", teacher.server)
+            name: pool(f"teacher-{name}", teacher.server)
             for name, teacher in recipe.served_teachers.items()
         },
         learner=LearnerLink(attempt.mailbox, recipe.learner.step_timeout_s),
@@ -72,19 +79,28 @@ async def wait_for_servers(recipe: Recipe, roles: Roles, console: RunConsole) ->
         ServerError: one was not ready in time.
     """
 
-    async def wait(client: SglangClient, config: ServerConfig) -> None:
+    async def wait(pool: ServerPool, client: SglangClient, config: ServerConfig) -> None:
         clock = WaitClock("its model to load", client.name, config.start_timeout_s)
-        await client.wait_ready(config.start_timeout_s, lambda _s, _seen: _notice(clock, console))
+        answer = await client.wait_ready(
+            config.start_timeout_s, lambda _s, _seen: _notice(clock, console)
+        )
+        # What it loaded is what it serves; rollout servers are updated and verified after this too.
+        pool.admit(client, answer.weight_version)
         console.role(client.name, f"ready after {clock.waited_s:.0f} s")
 
+    pools = [(roles.rollout, recipe.rollout.server)]
+    for name, pool in roles.teachers.items():
+        pools.append((pool, recipe.teachers[name].server))
+        pool.bring_up = served_version
+    roles.rollout.bring_up = served_version
     await asyncio.gather(
-        *(wait(client, recipe.rollout.server) for client in roles.rollout),
-        *(
-            wait(client, recipe.teachers[name].server)
-            for name, clients in roles.teachers.items()
-            for client in clients
-        ),
+        *(wait(pool, client, config) for pool, config in pools for client in pool.clients)
     )
+
+
+async def served_version(client: SglangClient) -> int:
+    """Bring up a server whose weights never change: what it loaded at its start is right."""
+    return (await client.model_info()).weight_version
 
 
 async def wait_for_learner(recipe: Recipe, roles: Roles, console: RunConsole) -> None:

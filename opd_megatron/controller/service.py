@@ -160,7 +160,7 @@ class Service:
         try:
             with self._stopwatch().stage("rollout"):
                 rollouts = await generate_group(
-                    self.context.roles.rollout_client(position),
+                    self.context.roles.rollout,
                     prompt,
                     self._sampling,
                     [f"{prompt.id}@{epoch}#{k}" for k in range(count)],
@@ -292,6 +292,7 @@ class Service:
         if self._checkpoint_s:
             metrics["perf/checkpoint_s"], self._checkpoint_s = self._checkpoint_s, 0.0
         epoch = self._order.index_at(max(0, self.core.ledger.issued - 1))[0]
+        metrics |= context.roles.server_metrics()
         metrics |= records.ledger_metrics(self.core.ledger, epoch)
         if step % _MEMORY_EVERY == 0:
             metrics["memory/peak_rss_gib"] = records.memory_in_use_gib()

@@ -57,7 +57,7 @@ async def check_numerics(
     groups = await asyncio.gather(
         *(
             generate_group(
-                roles.rollout_client(number),
+                roles.rollout,
                 prompt,
                 sampling_of(recipe.rollout),
                 [f"preflight-{number}"],

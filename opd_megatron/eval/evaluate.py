@@ -40,9 +40,7 @@ SEQUENCES_PER_REQUEST = 128
 
 
 class GeneratingClient(Protocol):
-    """The part of `serving.client.SglangClient` that accuracy needs."""
-
-    name: str
+    """The part of `serving.pool.ServerPool` that accuracy needs."""
 
     async def generate(
         self, prompts: Sequence[tuple[int, ...]], sampling: Sampling, rids: Sequence[str]
@@ -50,7 +48,7 @@ class GeneratingClient(Protocol):
 
 
 class ScoringClient(Protocol):
-    """The part of `serving.client.SglangClient` that the KL needs."""
+    """The part of `serving.pool.ServerPool` that the KL needs."""
 
     async def score(
         self, sequences: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], topk: int
@@ -112,7 +110,7 @@ async def evaluate_accuracy(
     # A grader may parse mathematics for seconds; the event loop must go on meanwhile.
     samples = await asyncio.to_thread(grade, problems, generations, tokenizer, grader)
     rollouts = [
-        _as_rollout(rid, prompt, generation, client.name)
+        _as_rollout(rid, prompt, generation)
         for rid, prompt, generation in zip(rids, problems, generations, strict=True)
     ]
     return summarize(samples, rollouts)
@@ -227,7 +225,7 @@ def _mean(values: Sequence[float]) -> float:
     return float(np.mean(values)) if len(values) else 0.0
 
 
-def _as_rollout(rid: str, prompt: Prompt, generation: Generation, server: str) -> Rollout:
+def _as_rollout(rid: str, prompt: Prompt, generation: Generation) -> Rollout:
     return Rollout(
         sample_id=rid,
         prompt_id=prompt.id,
@@ -237,7 +235,7 @@ def _as_rollout(rid: str, prompt: Prompt, generation: Generation, server: str) -
         finish_reason=generation.finish_reason,
         version_first=generation.version_first,
         version_last=generation.version_last,
-        server=server,
+        server=generation.server,
     )
 
 

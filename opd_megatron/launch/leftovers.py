@@ -1,6 +1,6 @@
 """What a killed attempt leaves in the run directory, removed when the next one begins.
 
-    attempts/N/      the mailbox, the endpoints, the keys and the batches of steps that were under way
+    attempts/N/      the mailbox, the endpoints, the keys, the marks and the batches of steps that were under way
     checkpoints/     .step_000020.tmp, a commit that was not finished
     weights/         .v000020.1234.tmp and .v000020.old, a publication that was not finished
     ./ and logs/     .name.1234.tmp, a file that was not renamed into place
@@ -30,7 +30,10 @@ def remove(run: RunDir, number: int) -> None:
     attempt = run.attempt(number)
     if attempt.identity.exists():
         remove_scratch(attempt.identity.read_text())
-    for path in (attempt.keys, attempt.endpoints, attempt.heartbeat, attempt.mailbox):
+    for path in (
+        *(attempt.keys, attempt.endpoints, attempt.heartbeat, attempt.mailbox),
+        attempt.serving,
+    ):
         _remove(path)
     for pattern in ("step_*", "preflight*", ".*"):
         for path in attempt.batches.glob(pattern):

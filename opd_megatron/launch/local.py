@@ -168,11 +168,13 @@ def _supervise(
 ) -> int:
     files = run.attempt(attempt)
     identity = files.identity.read_text()
-    signs = MainSigns(files.finishing, files.heartbeat, recipe.controller.hang_timeout_s)
+    signs = MainSigns(
+        files.finishing, files.serving, files.heartbeat, recipe.controller.hang_timeout_s
+    )
     with (
         scratch(identity) as environment,
         PortReservations() as ports,
-        Supervisor(identity, environment) as supervisor,
+        Supervisor(identity, environment, say) as supervisor,
     ):
         placed = place_servers(recipe, ports)
         write_endpoints(files.endpoints, placed)

@@ -23,18 +23,20 @@ import psutil
 from opd_megatron.errors import RoleDied
 
 ATTEMPT_VARIABLE = "OPD_ATTEMPT_ID"
+ROLE_VARIABLE = "OPD_ROLE"
 _SERVER_SHM = "/dev/shm/sglang_loads_"  # sglang/srt/managers/load_snapshot.py, shm_path_for
 
 
-def membership(attempt_id: str) -> dict[str, str]:
-    """The environment that makes a process and all its descendants members of an attempt."""
+def membership(attempt_id: str, role: str) -> dict[str, str]:
+    """The environment that makes a process and all its descendants members of an attempt, in one role."""
     # SGLang renames its workers with setproctitle, which by default writes over the environment in /proc.
     # https://pypi.org/project/setproctitle/
-    return {ATTEMPT_VARIABLE: attempt_id, "SPT_NOENV": "1"}
+    return {ATTEMPT_VARIABLE: attempt_id, ROLE_VARIABLE: role, "SPT_NOENV": "1"}
 
 
-def kill_attempt(attempt_id: str) -> list[str]:
-    """SIGKILL every process of an attempt, wait until all are gone, remove the shared memory they had.
+def kill_attempt(attempt_id: str, role: str | None = None) -> list[str]:
+    """SIGKILL every process of an attempt, or of one of its roles, wait until all are gone, remove the shared memory
+    they had.
 
     Returns:
         names of the processes that were alive.
@@ -45,7 +47,7 @@ def kill_attempt(attempt_id: str) -> list[str]:
     killed: list[str] = []
     shared: set[Path] = set()
     for _ in range(20):
-        members = [p for p in psutil.process_iter() if _belongs(p, attempt_id)]
+        members = [p for p in psutil.process_iter() if _belongs(p, attempt_id, role)]
         if not members:
             for path in shared:
                 path.unlink(missing_ok=True)
@@ -61,10 +63,14 @@ def kill_attempt(attempt_id: str) -> list[str]:
     raise RoleDied(f"processes of attempt {attempt_id} survive SIGKILL: {killed}")
 
 
-def _belongs(process: psutil.Process, attempt_id: str) -> bool:
+def _belongs(process: psutil.Process, attempt_id: str, role: str | None) -> bool:
     try:
         alive = process.status() != psutil.STATUS_ZOMBIE and process.pid != os.getpid()
-        return alive and process.environ().get(ATTEMPT_VARIABLE) == attempt_id
+        if not alive:
+            return False
+        variables = process.environ()
+        is_member = variables.get(ATTEMPT_VARIABLE) == attempt_id
+        return is_member and role in (None, variables.get(ROLE_VARIABLE))
     except (psutil.NoSuchProcess, psutil.AccessDenied, OSError):
         return False
 

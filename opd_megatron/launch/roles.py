@@ -58,7 +58,9 @@ def server_role(
         parent_pid=os.getpid(),
     )
     log = run.role_logs(attempt, server.role) / "server.log"
-    return RoleCommand(server.role, command.argv, log, command.env)
+    return RoleCommand(
+        server.role, command.argv, log, command.env, max_restarts=server.config.max_restarts
+    )
 
 
 def learner_role(recipe: Recipe, run_yaml: Path, mailbox: Path, log: Path) -> RoleCommand:

@@ -5,6 +5,7 @@ How an attempt ends:
 
     the main process (the controller) ends        its exit code is the run's, unless another process died first
     another process ends                          it has died: RoleDied, with the end of its log
+    ... a server, once all roles are up           it is started again, `max_restarts` times; then as above
     ... after the controller's announcement       nothing: all work is committed and the others are no longer needed
     the controller's heartbeat stands still       RoleDied: it hangs. Other roles' hangs meet the controller's deadlines
     SIGINT, SIGTERM, SIGHUP                       Interrupted; further signals change nothing while processes are ended
@@ -20,7 +21,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -50,6 +51,7 @@ class RoleCommand:
         log: file that receives stdout and stderr.
         to_console: stdout goes to the terminal instead (stderr still goes to the log).
         grace_s: how long it may take to end by itself after SIGTERM. 0: SIGKILL at once (stateless servers).
+        max_restarts: how often it may be started again after it died; for roles that keep nothing.
     """
 
     name: str
@@ -58,6 +60,7 @@ class RoleCommand:
     environment: Mapping[str, str] = field(default_factory=dict[str, str])
     to_console: bool = False
     grace_s: float = 0.0
+    max_restarts: int = 0
 
 
 @dataclass(frozen=True)
@@ -66,11 +69,13 @@ class MainSigns:
 
     Args:
         finishing: exists once all work is committed: from then on other processes may end, in any way.
+        serving: exists once all roles are up. A server that dies before that has never worked and is not started again.
         heartbeat: touched every second.
         hang_timeout_s: how long the heartbeat may stand still.
     """
 
     finishing: Path
+    serving: Path
     heartbeat: Path
     hang_timeout_s: float
 
@@ -106,11 +111,19 @@ class Supervisor:
     Args:
         attempt_id: unique among all attempts of all runs on this machine.
         environment: added to that of every process.
+        say: tells the user that a server was started again.
     """
 
-    def __init__(self, attempt_id: str, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        attempt_id: str,
+        environment: Mapping[str, str] | None = None,
+        say: Callable[[str], None] = print,
+    ) -> None:
         self._attempt_id = attempt_id
-        self._environment = {**(environment or {}), **membership(attempt_id)}
+        self._environment = dict(environment or {})
+        self._say = say
+        self._restarts: dict[str, int] = {}
         self._running: dict[str, tuple[RoleCommand, subprocess.Popen[bytes]]] = {}
         self._old_handlers: dict[signal.Signals, object] = {}
         self._interruption: signal.Signals | None = None
@@ -158,7 +171,12 @@ class Supervisor:
                 stdin=subprocess.DEVNULL,
                 stdout=None if role.to_console else log,
                 stderr=log,
-                env={**os.environ, **role.environment, **self._environment},
+                env={
+                    **os.environ,
+                    **role.environment,
+                    **self._environment,
+                    **membership(self._attempt_id, role.name),
+                },
                 start_new_session=True,
                 preexec_fn=lambda: die_with_parent(parent),
             )
@@ -181,6 +199,8 @@ class Supervisor:
             if code is not None:
                 return self._judge(main, code)
             dead = self._dead(main)
+            if dead is not None and signs and self._starts_again(dead, signs):
+                continue
             if dead is not None and not (signs and signs.finishing.exists()):
                 # The main process may be at its end too, or be saying what it missed.
                 code = self._wait_briefly(main)
@@ -194,6 +214,23 @@ class Supervisor:
                     f"(controller.hang_timeout_s); the end of its log ({log}):\n{tail(log)}"
                 )
             time.sleep(POLL_S)
+
+    def _starts_again(self, name: str, signs: MainSigns) -> bool:
+        """Start a dead server again, if it may be; True when it was."""
+        role, process = self._running[name]
+        done = self._restarts.get(name, 0)
+        is_over = signs.finishing.exists() or not signs.serving.exists()
+        if is_over or done >= role.max_restarts or process.returncode == EXIT_CONFIG:
+            return False
+        # A server's workers may outlive it for a moment, with its memory and its port.
+        kill_attempt(self._attempt_id, name)
+        self._restarts[name] = done + 1
+        self._say(
+            f"{name} ended with {describe_exit(process.returncode)} and is started again "
+            f"({done + 1} of {role.max_restarts}); see {role.log}"
+        )
+        self.start(role)
+        return True
 
     def _judge(self, main: str, code: int) -> int:
         """The main process failed: was it for the death of another one, which it could not know?"""

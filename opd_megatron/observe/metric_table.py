@@ -218,6 +218,16 @@ METRICS: tuple[Metric, ...] = (
            "Prompts given up for a recorded reason."),
     Metric("data/prompts_in_flight", "prompts", _LAST, _LEDGER,
            "Prompts handed out and not yet trained or rejected."),
+    # The servers. All since the start of the attempt.
+    Metric("servers/out", "servers", _LAST, _CONTROLLER,
+           "Servers out of service now: dead, hanging, or not yet updated and verified since."),
+    Metric("servers/left", "servers", _LAST, _CONTROLLER,
+           "Times that a server was taken out of service since the start of the attempt."),
+    Metric("servers/returned", "servers", _LAST, _CONTROLLER,
+           "Times that one came back, updated and verified."),
+    Metric("servers/failed_requests", "requests", _LAST, _CONTROLLER,
+           "Requests that a server failed or answered in a way that can not be used; each was sent "
+           "to a server again."),
     # Resources.
     Metric("memory/peak_rss_gib", "GiB", _MAX, _CONTROLLER,
            "Resident memory of all processes of the run together, the highest seen so far."),

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from opd_megatron.errors import ContractError
+from opd_megatron.errors import InvalidRequest
 from opd_megatron.serving.answers import Unanswered
 from opd_megatron.serving.contract import (
     Generation,
@@ -105,6 +105,11 @@ class SglangClient:
     def url(self) -> str:
         return self._http.url
 
+    @property
+    def told_to_wait(self) -> int:
+        """How often the server answered 429 or 503."""
+        return self._http.told_to_wait
+
     async def __aenter__(self) -> SglangClient:
         return self
 
@@ -184,6 +189,7 @@ class SglangClient:
                 prompts=prompts,
                 vocab_size=self.vocab_size,
                 max_new_tokens=sampling.max_new_tokens,
+                server=self.name,
             )
 
         return await self._http.with_retries("/generate", attempt)
@@ -205,7 +211,7 @@ class SglangClient:
             ServerError, ContractError: nothing of the batch is returned.
         """
         if not 0 <= topk <= self.vocab_size:
-            raise ContractError(f"topk={topk}: must be between 0 and {self.vocab_size}")
+            raise InvalidRequest(f"topk={topk}: must be between 0 and {self.vocab_size}")
         for prompt, response in sequences:
             self._check_ids("prompt", prompt)
             self._check_ids("response", response)
@@ -301,10 +307,10 @@ class SglangClient:
 
     def _check_ids(self, what: str, ids: Sequence[int]) -> None:
         if not ids and what == "prompt":
-            raise ContractError(f"{self.name}: an empty prompt cannot be sent")
+            raise InvalidRequest(f"{self.name}: an empty prompt cannot be sent")
         for token_id in ids:
             if not 0 <= token_id < self.vocab_size:
-                raise ContractError(
+                raise InvalidRequest(
                     f"{self.name}: {what} holds id {token_id}, outside the vocabulary "
                     f"[0, {self.vocab_size}); not sent, because it would kill the server"
                 )

@@ -53,6 +53,7 @@ class Generation:
     finish_reason: str
     version_first: int
     version_last: int
+    server: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +74,7 @@ def read_generations(
     prompts: Sequence[Sequence[int]],
     vocab_size: int,
     max_new_tokens: int,
+    server: str,
 ) -> list[Generation]:
     """The whole answer to a call of `generate`: all of it is right, or nothing is returned.
 
@@ -87,6 +89,7 @@ def read_generations(
             prompt_length=len(prompt),
             vocab_size=vocab_size,
             max_new_tokens=max_new_tokens,
+            server=server,
         )
         for item, rid, wire_id, prompt in zip(
             parse_items(answer, len(prompts)), rids, sent_as, prompts, strict=True
@@ -144,6 +147,7 @@ def parse_generation(
     prompt_length: int,
     vocab_size: int,
     max_new_tokens: int,
+    server: str,
 ) -> Generation:
     """Read one generated response, named `rid` by its caller and `sent_as` on the wire.
 
@@ -170,7 +174,7 @@ def parse_generation(
     else:
         check_equal("meta_info.finish_reason.matched", reason.get("matched"), ids[-1])
     first, last = _version_span(meta.get("weight_versions"), len(ids))
-    return Generation(rid, tuple(ids), logprobs, reason["type"], first, last)
+    return Generation(rid, tuple(ids), logprobs, reason["type"], first, last, server)
 
 
 def parse_score(

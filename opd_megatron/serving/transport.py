@@ -64,6 +64,11 @@ class HttpTransport:
         self._session: aiohttp.ClientSession | None = None
         self._pressure = Backpressure()
 
+    @property
+    def told_to_wait(self) -> int:
+        """How often a paced request was answered with 429 or 503."""
+        return self._pressure.refusals
+
     def error(self, route: str, cause: object) -> ServerError:
         return ServerError(f"{self.name} ({self.url}) {route}: {cause}")
 

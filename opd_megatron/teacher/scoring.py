@@ -1,7 +1,7 @@
 """Rollouts to teacher scores: each is scored once, by prefill, by the teacher of its route.
 
 Samples of one prompt go out next to each other, so that a server computes their shared prefix once.
-Calls of a teacher spread over its servers, a few in flight at each. Scores are at temperature 1;
+Calls of a teacher spread over its servers (`serving/pool.py`), a few in flight for each. Scores are at temperature 1;
 another teacher temperature would need the whole distribution.
 """
 
@@ -12,8 +12,8 @@ from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from opd_megatron.errors import ConfigError, did_you_mean
-from opd_megatron.serving.client import SglangClient
 from opd_megatron.serving.contract import ScoredResponse
+from opd_megatron.serving.pool import ServerPool
 from opd_megatron.teacher.aliases import TokenAliases
 from opd_megatron.types import Rollout, TeacherScores
 
@@ -24,7 +24,7 @@ _CALLS_IN_FLIGHT = 2
 
 
 async def score_rollouts(
-    teachers: Mapping[str, Sequence[SglangClient]],
+    teachers: Mapping[str, ServerPool],
     rollouts: Sequence[Rollout],
     routes: Sequence[str],
     *,
@@ -35,7 +35,7 @@ async def score_rollouts(
     """Score every rollout with the teacher that its route names.
 
     Args:
-        teachers: the servers of each teacher, by name; servers of one teacher hold equal weights.
+        teachers: the servers of each teacher, by name.
         rollouts: any order, any mix of prompts.
         routes: the teacher's name for each rollout.
         topk: K; 0 asks for the sampled tokens only.
@@ -78,13 +78,13 @@ async def score_rollouts(
 
 
 async def _score_with(
-    clients: Sequence[SglangClient],
+    servers: ServerPool,
     rollouts: Sequence[Rollout],
     topk: int,
     aliases: TokenAliases,
     sequences_per_call: int,
 ) -> list[ScoredResponse]:
-    """Score rollouts with one teacher, in their order; every free slot takes the next call."""
+    """Score rollouts with one teacher, in their order."""
     order = sorted(range(len(rollouts)), key=lambda position: rollouts[position].prompt_ids)
     calls = [
         order[start : start + sequences_per_call]
@@ -93,7 +93,7 @@ async def _score_with(
     pending = iter(calls)
     scores: dict[int, ScoredResponse] = {}
 
-    async def work(client: SglangClient) -> None:
+    async def work() -> None:
         for call in pending:
             pairs = [
                 (
@@ -102,9 +102,9 @@ async def _score_with(
                 )
                 for i in call
             ]
-            scores.update(zip(call, await client.score(pairs, topk), strict=True))
+            scores.update(zip(call, await servers.score(pairs, topk), strict=True))
 
-    await _all_or_first_error(work(client) for client in clients for _ in range(_CALLS_IN_FLIGHT))
+    await _all_or_first_error(work() for _ in range(_CALLS_IN_FLIGHT * len(servers)))
     return [scores[position] for position in range(len(rollouts))]
 
 

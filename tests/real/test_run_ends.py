@@ -87,13 +87,15 @@ def test_a_role_that_hangs_is_named_by_a_deadline(tmp_path: Path, role: str, wor
         *("steps=2000", "controller.hang_timeout_s=20", "learner.step_timeout_s=20"),
         *("rollout.server.request_timeout_s=10", "rollout.server.max_retries=0"),
         *("teachers.main.server.request_timeout_s=10", "teachers.main.server.max_retries=0"),
+        # How long the run waits for a server that hangs to answer again.
+        *("rollout.server.start_timeout_s=60", "teachers.main.server.start_timeout_s=60"),
     )
     wait_until(lambda: is_training(run) or process.poll() is not None, 200, "the first commit")
     stopped = time.monotonic()
     for victim in of_role(run, role):
         victim.suspend()
-    assert process.wait(timeout=90) == 75, output.read_text()
-    assert time.monotonic() - stopped < 60
+    assert process.wait(timeout=150) == 75, output.read_text()
+    assert time.monotonic() - stopped < 120
     assert words in output.read_text()
     check_nothing_runs(run)
 

@@ -34,6 +34,7 @@ from tiny_servers import (
 from opd_megatron.errors import EXIT_RETRY, ContractError, NumericsError, ServerError
 from opd_megatron.serving.client import Sampling, SglangClient
 from opd_megatron.serving.keys import ServerKeys, new_keys
+from opd_megatron.serving.pool import ServerPool
 from opd_megatron.teacher.scoring import score_rollouts
 from opd_megatron.types import Rollout
 from opd_megatron.weight_sync.disk import push_weights, verify_weights
@@ -178,7 +179,12 @@ def test_teacher_scores_come_back_in_the_order_of_the_rollouts(server: Fixture) 
     ]  # fmt: skip
 
     async def score(client: SglangClient) -> Any:
-        teachers = {"main": [client], "other": [client]}
+        teachers = {
+            name: ServerPool(name, [client], return_timeout_s=5, say=print)
+            for name in ("main", "other")
+        }
+        for pool in teachers.values():
+            pool.admit(client, 7)
         routes = ["main", "other"] * 3
         return await score_rollouts(teachers, rollouts, routes, topk=3, sequences_per_call=2)
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +70,14 @@ def make_model(directory: Path, seed: int) -> Path:
     return directory
 
 
+@lru_cache(maxsize=4)
+def _loaded(directory: Path) -> Any:
+    return Qwen3ForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+
+
 def reference_logprobs(directory: Path, ids: Sequence[int], temperature: float = 1.0) -> Any:
     """[len(ids) - 1, V]: row t is the distribution of token t + 1, by transformers."""
-    model: Any = Qwen3ForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    model = _loaded(directory)
     with torch.no_grad():
         logits_TV = model(torch.tensor([list(ids)])).logits[0, :-1].double()
     return torch.log_softmax(logits_TV / temperature, dim=-1).numpy()

@@ -47,7 +47,7 @@ class ScriptedServer:
         ids = encode_text("9" * 20) if text is None else [*encode_text(text), IM_END]
         reason = "length" if text is None else "stop"
         logprobs = np.zeros(len(ids), dtype=np.float32)
-        return Generation(f"{rid}/0", tuple(ids), logprobs, reason, 5, 5)
+        return Generation(f"{rid}/0", tuple(ids), logprobs, reason, 5, 5, "s")
 
     async def score(
         self, sequences: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], topk: int
@@ -106,7 +106,7 @@ def test_rollouts_keep_prompt_ids_versions_and_our_request_names(tokenizer: Chat
     assert (rollout.sample_id, rollout.prompt_id, rollout.server) == (
         "eval-0-0-1",
         "1+6:",
-        "scripted",
+        "s",
     )
     assert rollout.prompt_ids == tuple(encode_prompt("1+6:"))
     assert (rollout.version_first, rollout.finish_reason) == (5, "stop")

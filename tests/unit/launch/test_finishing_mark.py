@@ -31,7 +31,7 @@ def role(name: str, code: str, folder: Path) -> RoleCommand:
 
 
 def signs(folder: Path, hang_timeout_s: float = 60.0) -> MainSigns:
-    return MainSigns(folder / "finishing", folder / "heartbeat", hang_timeout_s)
+    return MainSigns(folder / "finishing", folder / "serving", folder / "heartbeat", hang_timeout_s)
 
 
 @pytest.mark.parametrize("code", [0, 1])

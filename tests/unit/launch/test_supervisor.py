@@ -17,7 +17,7 @@ from opd_megatron.errors import ConfigError, RoleDied
 from opd_megatron.launch import lock
 from opd_megatron.launch.members import ATTEMPT_VARIABLE, kill_attempt
 from opd_megatron.launch.ports import PortReservations
-from opd_megatron.launch.supervisor import RoleCommand, Supervisor, tail
+from opd_megatron.launch.supervisor import MainSigns, RoleCommand, Supervisor, tail
 
 SLEEP = "import time; time.sleep(60)"
 # A process that starts a grandchild in a session of its own, as torchrun does.
@@ -143,3 +143,54 @@ def test_the_tail_of_a_log_ends_where_torchrun_has_said_which_rank_ended(tmp_pat
     assert tail(log) == f"  | ValueError: the cause\n  | {report}"
     log.write_text(report)
     assert "failed (exitcode: 1)" in tail(log)
+
+
+def serving(folder: Path) -> MainSigns:
+    (folder / "serving").touch()
+    return MainSigns(folder / "finishing", folder / "serving", folder / "heartbeat", 60.0)
+
+
+# A server that starts a worker in a session of its own, writes both pids, and dies.
+MORTAL = (
+    "import os, subprocess, sys, time;"
+    f"worker = subprocess.Popen([sys.executable, '-c', {SLEEP!r}], start_new_session=True);"
+    "print(os.getpid(), worker.pid, flush=True); time.sleep(0.3); os.kill(os.getpid(), 9)"
+)
+
+
+def test_a_server_that_dies_is_started_again_as_often_as_it_may_be(tmp_path: Path) -> None:
+    said: list[str] = []
+    server = RoleCommand(
+        "rollout-0", [sys.executable, "-c", MORTAL], tmp_path / "server.log", max_restarts=2
+    )
+    identity = uuid.uuid4().hex
+    with Supervisor(identity, say=said.append) as supervisor:
+        supervisor.start(role("controller", SLEEP, tmp_path))
+        supervisor.start(server)
+        with pytest.raises(RoleDied, match="rollout-0 ended with signal SIGKILL"):
+            supervisor.watch("controller", serving(tmp_path))
+        lives = [line.split() for line in server.log.read_text().splitlines()]
+        assert len(lives) == 3
+        # The workers of the first two lives were ended with them.
+        assert not any(psutil.pid_exists(int(worker)) for _, worker in lives[:2])
+    assert [line.split(";")[0] for line in said] == [
+        f"rollout-0 ended with signal SIGKILL and is started again ({n} of 2)" for n in (1, 2)
+    ]
+    assert members(identity) == []
+
+
+@pytest.mark.parametrize(
+    ("code", "mark"), [("raise SystemExit(1)", "absent"), ("raise SystemExit(78)", "serving")]
+)
+def test_a_server_that_never_worked_or_calls_the_configuration_wrong_ends_the_attempt(
+    tmp_path: Path, code: str, mark: str
+) -> None:
+    signs = MainSigns(tmp_path / "finishing", tmp_path / mark, tmp_path / "heartbeat", 60.0)
+    if mark == "serving":
+        (tmp_path / mark).touch()
+    server = RoleCommand("a", [sys.executable, "-c", code], tmp_path / "a.log", max_restarts=5)
+    with Supervisor(uuid.uuid4().hex) as supervisor:
+        supervisor.start(role("controller", "import time; time.sleep(30)", tmp_path))
+        supervisor.start(server)
+        with pytest.raises((RoleDied, ConfigError), match="a ended with exit code"):
+            supervisor.watch("controller", signs)

@@ -39,6 +39,7 @@ def read(case: str, raw: bytes) -> list[Any]:
             prompts=request["input_ids"],
             vocab_size=VOCAB,
             max_new_tokens=request["sampling_params"]["max_new_tokens"],
+            server="s",
         )
     starts = request["logprob_start_len"]
     return read_scores(

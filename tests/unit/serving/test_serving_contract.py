@@ -49,6 +49,7 @@ def read_generation(item: dict[str, Any], max_new_tokens: int = 5) -> Any:
         prompt_length=2,
         vocab_size=VOCAB,
         max_new_tokens=max_new_tokens,
+        server="s",
     )
 
 

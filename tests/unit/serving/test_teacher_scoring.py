@@ -11,6 +11,7 @@ import pytest
 
 from opd_megatron.errors import ConfigError, OpdError, RequestRefused
 from opd_megatron.serving.contract import ScoredResponse
+from opd_megatron.serving.pool import ServerPool
 from opd_megatron.teacher.scoring import score_rollouts
 from opd_megatron.types import Rollout
 
@@ -18,7 +19,10 @@ from opd_megatron.types import Rollout
 class SlowServer:
     """Scores a response with the sum of its ids after a pause, or fails."""
 
-    def __init__(self, pause_s: float = 0.0, failure: OpdError | None = None) -> None:
+    def __init__(
+        self, pause_s: float = 0.0, failure: OpdError | None = None, name: str = "teacher-0"
+    ) -> None:
+        self.name = name
         self.pause_s = pause_s
         self.failure = failure
         self.calls: list[list[tuple[int, ...]]] = []
@@ -42,7 +46,15 @@ def rollout(number: int, prompt: tuple[int, ...]) -> Rollout:
 
 
 def score(teachers: Any, rollouts: list[Rollout], routes: list[str], per_call: int) -> Any:
-    return asyncio.run(score_rollouts(teachers, rollouts, routes, sequences_per_call=per_call))
+    async def run() -> Any:
+        pools: dict[str, ServerPool] = {}
+        for name, servers in teachers.items():
+            pools[name] = ServerPool(name, servers, return_timeout_s=1.0, say=print)
+            for server in servers:
+                pools[name].admit(server, 0)
+        return await score_rollouts(pools, rollouts, routes, sequences_per_call=per_call)
+
+    return asyncio.run(run())
 
 
 def test_results_keep_the_order_and_samples_of_a_prompt_share_a_call() -> None:
@@ -64,7 +76,7 @@ def test_every_rollout_goes_to_the_teacher_of_its_route() -> None:
 
 
 def test_calls_spread_over_the_servers_of_a_teacher() -> None:
-    servers = [SlowServer(0.01), SlowServer(0.01)]
+    servers = [SlowServer(0.01, name=f"teacher-{number}") for number in range(2)]
     rollouts = [rollout(number, (number,)) for number in range(8)]
     score({"main": servers}, rollouts, ["main"] * 8, per_call=1)
     assert [len(server.calls) for server in servers] == [4, 4]
