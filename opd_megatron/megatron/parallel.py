@@ -6,6 +6,7 @@ Rank order is Megatron's default "tp-cp-ep-dp-pp", so global rank 0 is rank 0 of
 from __future__ import annotations
 
 import datetime
+import gc
 import math
 import os
 from dataclasses import asdict, dataclass
@@ -105,8 +106,7 @@ def start_model_parallel(layout: Layout, seed: int, timeout_s: float) -> None:
             f"the layout {layout} needs {needed} ranks",
             "start torchrun with that many processes",
         )
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+    _end_groups()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
@@ -116,6 +116,19 @@ def start_model_parallel(layout: Layout, seed: int, timeout_s: float) -> None:
     )
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def _end_groups() -> None:
+    """Megatron forgets its groups without ending them; each keeps threads and sockets of its own."""
+    if not parallel_state.model_parallel_is_initialized():
+        return
+    # Ranks outside a group hold a placeholder instead.
+    known = getattr(parallel_state, "_global_process_group_list") or []  # noqa: B009
+    groups = {id(group): group for group in known if isinstance(group, dist.ProcessGroup)}
+    for group in groups.values():
+        dist.destroy_process_group(group)
+    parallel_state.destroy_model_parallel()
+    gc.collect()  # models and buffers hold the groups, in cycles
 
 
 @dataclass(frozen=True)
