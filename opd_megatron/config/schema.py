@@ -304,10 +304,15 @@ class EvaluationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When commits are made and how many stay."""
+    """When commits are made and how many stay.
+
+    `async_save`: training goes on while the files are written, from a copy in host memory (each rank's weights and
+    optimizer state once more).
+    """
 
     every: int = number(50, 1)
     keep: int = number(2, 2)
+    async_save: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

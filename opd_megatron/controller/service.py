@@ -16,7 +16,8 @@ from typing import Any
 from safetensors.numpy import load_file
 
 from opd_megatron.config.schema import Recipe
-from opd_megatron.controller import commit, protocol, records
+from opd_megatron.controller import protocol, records
+from opd_megatron.controller.committing import Committer
 from opd_megatron.controller.core import Core
 from opd_megatron.controller.evaluation import Evaluator
 from opd_megatron.controller.generation import generate_group, sampling_of
@@ -74,6 +75,13 @@ class Service:
         self._perf: dict[str, float] = {}
         self._latencies: list[float] = []
         recipe, train = context.recipe, context.train
+        self._committer = Committer(
+            context.run.checkpoints,
+            context.roles.learner,
+            context.fingerprint,
+            recipe.checkpoint,
+            self._events.put_nowait,
+        )
         self._order = PromptOrder(train.content_hash, recipe.seed, len(train), recipe.data.shuffle)
 
     async def run(self) -> None:
@@ -91,7 +99,9 @@ class Service:
                     event = await self._events.get()
                 if isinstance(event, BaseException):
                     raise event
+            await self._committer.settle()
         finally:
+            self._committer.cancel()
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -253,17 +263,7 @@ class Service:
 
     async def _save(self, action: protocol.Save) -> protocol.Event:
         begin = time.monotonic()
-        root = self.context.run.checkpoints
-        temporary = await asyncio.to_thread(commit.begin, root, action.step)
-        await self.context.roles.learner.ask("save", directory=str(temporary / commit.MODEL))
-        await asyncio.to_thread(
-            commit.finish,
-            root,
-            action.step,
-            action.state,
-            self.context.fingerprint,
-            self.context.recipe.checkpoint.keep,
-        )
+        await self._committer.make(action.step, action.state)
         self._checkpoint_s = time.monotonic() - begin
         return protocol.Saved(action.step)
 

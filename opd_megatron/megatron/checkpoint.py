@@ -4,14 +4,13 @@
 rename that makes it a commit. Checkpoints do not depend on the layout; random states are restored
 in the same layout only (nothing in the model draws numbers while dropout is 0).
 
-Megatron's synchronous save starts a spawned manager process and one forked writer per file, about
-four seconds whatever the size. `_InProcessStrategy` runs the same writer function in this process,
-one file per rank.
+`save` returns when it is done. `begin` returns when what is to be written was copied to host memory:
+training may go on, and `finish` completes the checkpoint once every rank has written its file
+(`checkpoint_writer`). One save at a time; until it is complete there is no metadata.json.
 """
 
 from __future__ import annotations
 
-import queue
 import random
 from pathlib import Path
 from typing import Any
@@ -21,14 +20,12 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker, get_cuda_rng_tracker
 
 from opd_megatron.atomic import fsync_dir, fsync_file
-from opd_megatron.errors import CheckpointError
+from opd_megatron.errors import CheckpointError, ContractError
 from opd_megatron.megatron import adamw_state
+from opd_megatron.megatron.checkpoint_writer import InProcessStrategy, PlannedSave
 from opd_megatron.megatron.state import LearnerState
 
 
@@ -39,47 +36,6 @@ def _metadata() -> dict[str, Any]:
         "singleton_local_shards": False,
         "chained_optim_avoid_prefix": True,
     }
-
-
-def _write_buckets(transforms: list[Any], buckets: list[Any], results: queue.Queue[Any]) -> None:
-    """Megatron's writer for each file, in this process; collects what its parent would."""
-    collected: dict[int, Any] = {}
-    for number, bucket in enumerate(buckets):
-        answers: Any = queue.Queue()
-        unfinished: Any = queue.Queue()
-        unfinished.put(number)
-        filesystem_async.FileSystemWriterAsync.write_preloaded_data(
-            transforms, number, bucket, answers, unfinished, use_fsync=True
-        )
-        _, answer = answers.get()
-        if isinstance(answer, Exception):
-            raise answer
-        collected[number] = answer
-    results.put(collected)
-
-
-class _InProcessStrategy(TorchDistSaveShardedStrategy):
-    """The stock format, written without helper processes."""
-
-    def __init__(self) -> None:
-        super().__init__("torch_dist", 1, thread_count=1)
-
-    def async_save(self, sharded_state_dict: Any, checkpoint_dir: Path, **how: Any) -> AsyncRequest:
-        # The writer takes its results queue from here; a plain one serves a writer in this process.
-        filesystem_async._results_queue = queue.Queue()
-        try:
-            return super().async_save(sharded_state_dict, checkpoint_dir, **how)
-        finally:
-            filesystem_async._results_queue = None
-
-    def _get_save_and_finalize_callbacks(self, writer: Any, *details: Any) -> Any:
-        stock = super()._get_save_and_finalize_callbacks(writer, *details)
-        transforms = [writer.transforms] if hasattr(writer, "transforms") else []
-
-        def write(_: int, buckets: list[Any], results: queue.Queue[Any]) -> None:
-            _write_buckets(transforms, buckets, results)
-
-        return stock._replace(async_fn=write if stock.async_fn is not None else None)
 
 
 def _tracker() -> CudaRNGStatesTracker:
@@ -129,24 +85,30 @@ def _sharded_state(
     return sharded
 
 
-def save(state: LearnerState, directory: Path) -> int:
-    """Write a checkpoint into an existing empty directory; durable when it returns. Collective.
+def _refuse_while_saving(state: LearnerState) -> None:
+    if state.saving is not None:
+        raise ContractError(f"the save into {state.saving.directory} is not finished yet")
 
-    Returns:
-        Number of files.
 
-    Raises:
-        CheckpointError: the directory is missing or not empty.
-    """
+def _plan(state: LearnerState, directory: Path) -> PlannedSave:
+    """Who writes what; rank 0 has written the common part when it returns. Collective."""
+    _refuse_while_saving(state)
     if not directory.is_dir() or next(directory.iterdir(), None) is not None:
         raise CheckpointError(f"{directory}: save needs an existing empty directory")
     dist.barrier()  # every rank has looked before any rank writes
-    dist_checkpointing.save(
+    request = dist_checkpointing.save(
         _sharded_state(state, is_loading=False, with_random_states=True),
         str(directory),
-        sharded_strategy=_InProcessStrategy(),
+        sharded_strategy=InProcessStrategy(),
+        async_sharded_save=True,
         content_metadata=_metadata(),
     )
+    assert request is not None
+    return PlannedSave(request, directory)
+
+
+def _make_durable(directory: Path) -> int:
+    """fsync what was written besides the ranks' files, and all names; the number of files."""
     files = [path for path in directory.iterdir() if path.is_file()]
     if dist.get_rank() == 0:
         for path in files:
@@ -156,12 +118,65 @@ def save(state: LearnerState, directory: Path) -> int:
     return len(files)
 
 
+def save(state: LearnerState, directory: Path) -> int:
+    """Write a checkpoint into an existing empty directory; durable when it returns. Collective.
+
+    Returns:
+        Number of files.
+
+    Raises:
+        CheckpointError: the directory is missing or not empty, or a rank could not write.
+        ContractError: another save is not finished.
+        StorageError: a rank has no room.
+    """
+    planned = _plan(state, directory)
+    planned.write()
+    planned.finish(wait=True)
+    return _make_durable(directory)
+
+
+def begin(state: LearnerState, directory: Path) -> None:
+    """Copy the state to host memory and write it in the background; `finish` completes it. Collective.
+
+    Raises:
+        CheckpointError: the directory is missing or not empty.
+        ContractError: another save is not finished.
+    """
+    planned = _plan(state, directory)
+    planned.start()
+    state.saving = planned
+
+
+def finish(state: LearnerState, wait: bool = False) -> int | None:
+    """Complete the save that `begin` began; durable when it returns a number. Collective.
+
+    Args:
+        wait: for ranks that still write.
+
+    Returns:
+        Number of files, or None while some rank still writes.
+
+    Raises:
+        ContractError: no save was begun.
+        CheckpointError, StorageError: as `save`.
+    """
+    planned = state.saving
+    if planned is None:
+        raise ContractError("there is no save to finish")
+    if not planned.finish(wait):
+        return None
+    state.saving = None
+    return _make_durable(planned.directory)
+
+
 def load(state: LearnerState, directory: Path) -> None:
     """Replace weights, optimizer, schedule and step counter by a checkpoint's. Collective.
 
     Raises:
         CheckpointError: not a checkpoint, damaged, or of another model or optimizer.
+        ContractError: a save is not finished.
     """
+    _refuse_while_saving(state)
     if not (directory / "metadata.json").is_file():
         raise CheckpointError(f"{directory}: not a checkpoint (no metadata.json)")
     state.fresh_optimizer()

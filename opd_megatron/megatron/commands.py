@@ -1,11 +1,13 @@
 """What each mailbox command does. Every rank runs the same function; rank 0's result is sent.
 
-load    weights from a Hugging Face directory (fresh optimizer) or from a checkpoint
-score   log-probs and entropies of a batch, written to a file
-compare both KLs between the student and the teachers inside the learner, written to a file
-train   one optimizer step on a batch; per-token values written to a file
-publish a Hugging Face directory of the weights, and probe log-probs
-save    a checkpoint into an empty directory
+load         weights from a Hugging Face directory (fresh optimizer) or from a checkpoint
+score        log-probs and entropies of a batch, written to a file
+compare      both KLs between the student and the teachers inside the learner, written to a file
+train        one optimizer step on a batch; per-token values written to a file
+publish      a Hugging Face directory of the weights, and probe log-probs
+save         a checkpoint into an empty directory
+begin_save   the same in the background: answered when the state was copied
+finish_save  complete it; `files` is null while some rank still writes, then ask again
 """
 
 from __future__ import annotations
@@ -151,6 +153,15 @@ def save_checkpoint(state: LearnerState, command: Command) -> Result:
     return {"files": checkpoint.save(state, Path(command["directory"]))}
 
 
+def begin_save(state: LearnerState, command: Command) -> Result:
+    checkpoint.begin(state, Path(command["directory"]))
+    return {}
+
+
+def finish_save(state: LearnerState, command: Command) -> Result:
+    return {"files": checkpoint.finish(state)}
+
+
 COMMANDS: dict[str, Callable[[LearnerState, Command], Result]] = {
     "load": load,
     "score": score_batch,
@@ -158,6 +169,8 @@ COMMANDS: dict[str, Callable[[LearnerState, Command], Result]] = {
     "train": train_batch,
     "publish": publish_weights,
     "save": save_checkpoint,
+    "begin_save": begin_save,
+    "finish_save": finish_save,
 }
 
 

@@ -17,6 +17,7 @@ from opd_megatron.losses.settings import LossSettings
 from opd_megatron.losses.token_loss import TokenLoss, make_token_loss
 from opd_megatron.megatron import hf
 from opd_megatron.megatron.architecture import Architecture, architecture_of, read_config
+from opd_megatron.megatron.checkpoint_writer import PlannedSave
 from opd_megatron.megatron.hf_names import hf_shapes
 from opd_megatron.megatron.model import build_stage, transformer_config, wrap_data_parallel
 from opd_megatron.megatron.optimizer import build_optimizer, build_scheduler
@@ -44,6 +45,7 @@ class LearnerState:
     optimizer: ChainedOptimizer | None = None
     scheduler: LearningRateSchedule | None = None
     optimizer_step: int = 0
+    saving: PlannedSave | None = None  # begun in the background and not finished
 
     @property
     def device(self) -> torch.device:

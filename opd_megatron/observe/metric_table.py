@@ -178,7 +178,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("perf/sync_s", "s", _SUM, _CONTROLLER,
            "Loading the new weights into the rollout servers and checking that they hold them."),
     Metric("perf/checkpoint_s", "s", _SUM, _CONTROLLER,
-           "Writing and committing a checkpoint, 0 at steps without one."),
+           "What a checkpoint keeps training waiting; all of writing it unless `checkpoint.async_save`."),
     Metric("perf/other_s", "s", _SUM, _CONTROLLER,
            "The rest of the step: batches, files, waiting for the mailbox."),
     Metric("perf/outside_model_frac", "fraction", _MEAN, _CONTROLLER,

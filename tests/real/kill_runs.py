@@ -212,13 +212,17 @@ def kill_runs(
     """Carry out all plans over as many runs as that takes; every run is brought to its end and checked."""
     outcomes: list[Outcome] = []
     number_of_run, run = 0, None
+    settings: list[str] = []
     for number, plan in enumerate(plans):
         outcome = None
         while outcome is None:
             if run is None:
                 run = RunDir(folder / f"run_{number_of_run}")
+                # Every other run saves in the background.
+                is_async = str(bool(number_of_run % 2)).lower()
+                settings = [f"steps={STEPS}", f"checkpoint.async_save={is_async}"]
                 number_of_run += 1
-            outcome = kill_once(run, plan, number, seed, folder / "output.txt")
+            outcome = kill_once(run, plan, number, seed, folder / "output.txt", settings)
             if outcome is None or outcome.code == 0:
                 check_finished(run, STEPS)
                 run = None

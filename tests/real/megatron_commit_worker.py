@@ -1,10 +1,11 @@
 """Kills saves of a real learner state: at random moments, and at every call that changes the disk. Damages commits.
 
-    python megatron_commit_worker.py WORK random|calls|torn_calls|damage TRIALS
+    python megatron_commit_worker.py WORK random|calls|torn_calls|damage|background_random|... TRIALS
 
 The process imports torch and Megatron once and forks a child per trial. A child joins a world of its own, loads the
 newest commit and compares it with what its step must hold, says so, and saves the next commits until it is killed. So
-every commit that a kill left behind is not only verified but loaded. WORK/<what>.json holds what happened.
+every commit that a kill left behind is not only verified but loaded. With `background_` the saves are asynchronous and
+the state changes while they are under way. WORK/<what>.json holds what happened.
 """
 
 from __future__ import annotations
@@ -27,7 +28,13 @@ import torch.distributed as dist
 from megatron_tiny import write_model
 from storage_faults import Event, Faults, lose_power
 
-from opd_megatron.config.schema import LearnerConfig, OptimizerConfig, Recipe, StudentConfig
+from opd_megatron.config.schema import (
+    CheckpointConfig,
+    LearnerConfig,
+    OptimizerConfig,
+    Recipe,
+    StudentConfig,
+)
 from opd_megatron.controller import commit
 from opd_megatron.megatron import checkpoint, cpu_shim, parallel
 from opd_megatron.megatron.state import LearnerState, build_state
@@ -46,12 +53,13 @@ SMALL: dict[str, Any] = {
 }
 
 
-def recipe_for(model: Path) -> Recipe:
+def recipe_for(model: Path, background: bool) -> Recipe:
     return Recipe(
         device="cpu",
         student=StudentConfig(path=str(model)),
         optimizer=OptimizerConfig(lr=1e-3),
         learner=LearnerConfig(precision="fp32"),
+        checkpoint=CheckpointConfig(async_save=background),
     )
 
 
@@ -98,7 +106,13 @@ def save_commit(state: LearnerState, root: Path, step: int) -> None:
     """What controller and learner do for one commit, in one process."""
     set_step(state, step)
     folder = commit.begin(root, step)
-    checkpoint.save(state, folder / commit.MODEL)
+    if state.recipe.checkpoint.async_save:
+        checkpoint.begin(state, folder / commit.MODEL)
+        set_step(state, step + 1)  # training goes on
+        while checkpoint.finish(state) is None:
+            time.sleep(1e-3)
+    else:
+        checkpoint.save(state, folder / commit.MODEL)
     commit.finish(root, step, {"step": step}, FINGERPRINT, KEEP)
 
 
@@ -289,13 +303,14 @@ def main() -> None:
     torch.set_num_threads(1)
     cpu_shim.install()
     work.mkdir(parents=True, exist_ok=True)
-    recipe = recipe_for(write_model(work / "student", **SMALL))
-    if what == "random":
+    moment = what.removeprefix("background_")
+    recipe = recipe_for(write_model(work / "student", **SMALL), background=moment != what)
+    if moment == "random":
         result = random_kills(work, recipe, trials)
-    elif what == "damage":
+    elif moment == "damage":
         result = damaged(work, recipe)
     else:
-        result = every_call(work, recipe, torn=what == "torn_calls")
+        result = every_call(work, recipe, torn=moment == "torn_calls")
     (work / f"{what}.json").write_text(json.dumps(result))
 
 

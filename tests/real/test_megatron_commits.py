@@ -42,17 +42,23 @@ def check_random(result: dict[str, Any], trials: int) -> None:
     assert len(result["commits_at_the_end"]) >= 2
 
 
-def test_200_kills_at_random_moments_always_leave_a_commit_that_loads(tmp_path: Path) -> None:
-    check_random(run(tmp_path / "work", "random", 200), 200)
+@pytest.mark.parametrize("what", ["random", "background_random"])
+def test_200_kills_at_random_moments_always_leave_a_commit_that_loads(
+    tmp_path: Path, what: str
+) -> None:
+    check_random(run(tmp_path / "work", what, 200), 200)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_2000_kills_at_random_moments_always_leave_a_commit_that_loads(tmp_path: Path) -> None:
-    check_random(run(tmp_path / "work", "random", 2000, timeout_s=3500), 2000)
+@pytest.mark.parametrize("what", ["random", "background_random"])
+def test_2000_kills_at_random_moments_always_leave_a_commit_that_loads(
+    tmp_path: Path, what: str
+) -> None:
+    check_random(run(tmp_path / "work", what, 2000, timeout_s=3500), 2000)
 
 
-@pytest.mark.parametrize("what", ["calls", "torn_calls"])
+@pytest.mark.parametrize("what", ["calls", "torn_calls", "background_torn_calls"])
 def test_a_kill_or_power_loss_at_every_call_that_changes_the_disk_leaves_a_commit(
     tmp_path: Path, what: str
 ) -> None:

@@ -161,9 +161,14 @@ def _first_launch(work: Path, recipe: Recipe, results: dict[str, Any]) -> dict[s
     results["publish0"] = publish("v0")
     results["score"] = learner.ask("score", batch=str(work / "batch0"), out=str(work / "score0"))
     results["train0"], results["train1"] = train(0), train(1)
-    (work / "commit").mkdir()
+    for name in ("commit", "commit_while_training"):
+        (work / name).mkdir()
     results["save"] = learner.ask("save", directory=str(work / "commit"))
+    learner.ask("begin_save", directory=str(work / "commit_while_training"))
     results["train2"], results["train3"] = train(2), train(3)
+    while (finished := learner.ask("finish_save"))["files"] is None:
+        pass
+    results["finish_save"] = finished
     results["publish4"] = publish("v4")
     results["nan"] = train(4)
     results["publish_after_nan"] = publish("v4_after_nan")
@@ -176,7 +181,8 @@ def _second_launch(
     work: Path, recipe: Recipe, results: dict[str, Any]
 ) -> tuple[dict[str, Any], int]:
     learner = start(work, recipe, "second")
-    results["resume"] = learner.ask("load", source="commit", path=str(work / "commit"))
+    path = str(work / "commit_while_training")
+    results["resume"] = learner.ask("load", source="commit", path=path)
     for i in (2, 3):
         results[f"resumed{i}"] = learner.ask(
             "train", batch=str(work / f"batch{i}"), out=str(work / f"out_r{i}"), max_staleness=0
@@ -321,6 +327,15 @@ def test_resume_continues_bitwise(story: Story) -> None:
         resumed, straight = story.results[f"resumed{i}"], story.results[f"train{i}"]
         assert resumed["metrics"] == straight["metrics"]
     assert _same_weights(story.published["v4"], story.published["v4_resumed"])
+
+
+def test_a_save_beside_training_writes_what_one_that_waits_writes(story: Story) -> None:
+    assert story.results["finish_save"] == story.results["save"]
+    assert story.results["save"]["files"] > 2  # a file of each rank, and what belongs to all
+    folders = [story.work / name for name in ("commit", "commit_while_training")]
+    # .metadata also holds an identifier of the save.
+    sizes = [{p.name: p.stat().st_size for p in folder.glob("[!.]*")} for folder in folders]
+    assert sizes[0] == sizes[1]
 
 
 def test_a_stale_batch_ends_the_learner_with_its_reason(story: Story) -> None:

@@ -28,6 +28,7 @@ pytestmark = [pytest.mark.real, pytest.mark.timeout(600)]
 
 STEPS = 4
 SETTINGS = [f"steps={STEPS}", "evaluation.every=0", "observe.show_rollout_every=2"]
+SETTINGS.append("checkpoint.async_save=true")  # the other runs of the suite save synchronously
 
 
 @dataclass

@@ -33,7 +33,8 @@ class ScriptedServer:
     """Does what its script says, one entry a call: an error is raised, a number is the version it answers with."""
 
     def __init__(self, name: str, script: Sequence[OpdError | int] = ()) -> None:
-        self.name, self.script = name, list(script)
+        self.name = name
+        self.script: list[Any] = list(script)
         self.calls = self.updates = 0
         self.is_ready = True
         self.version = 0
