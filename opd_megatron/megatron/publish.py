@@ -23,7 +23,7 @@ from opd_megatron.megatron.architecture import CONFIG_FILE, Architecture
 from opd_megatron.megatron.hf import stream
 from opd_megatron.megatron.hf_names import hf_shapes
 from opd_megatron.megatron.parallel import Groups
-from opd_megatron.megatron.safetensors_files import INDEX_FILE, WEIGHTS_FILE, write_safetensors
+from opd_megatron.megatron.safetensors_files import INDEX_FILE, write_model_files
 
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
 _DTYPE_KEYS = ("dtype", "torch_dtype")
@@ -66,10 +66,10 @@ def publish(
     Args:
         student_path: where config, tokenizer and templates come from.
         directory: the new directory; its parent exists.
-        version: weight version, kept in the header of the weights file.
+        version: weight version, kept in the header of every weight file.
 
     Returns:
-        (bytes of the weights file, tensors); (0, 0) on other ranks than 0.
+        (bytes of the weight files, tensors); (0, 0) on other ranks than 0.
     """
     tensors = stream(modules, arch, groups)
     if dist.get_rank() != 0:
@@ -81,8 +81,8 @@ def publish(
     temporary.mkdir(parents=True)
     shapes = hf_shapes(arch)
     dtype = modules[0].config.params_dtype
-    size = write_safetensors(
-        temporary / WEIGHTS_FILE,
+    size = write_model_files(
+        temporary,
         shapes,
         dtype,
         tensors,

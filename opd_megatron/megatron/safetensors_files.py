@@ -1,11 +1,15 @@
-"""Safetensors of a model directory: reading slices of tensors, writing a file tensor by tensor.
+"""Safetensors of a model directory: reading slices of tensors, writing files tensor by tensor.
 
 Reading touches only the bytes of the slice. Writing needs every shape first (the header comes
-before the content), then one tensor at a time, so that no rank ever holds a whole model.
+before the content), then one tensor at a time, so that no rank ever holds a whole model. A model
+larger than `MAX_FILE_BYTES` becomes several files and an index, as `transformers` writes them:
+
+    model.safetensors      or      model-00001-of-00003.safetensors ... model.safetensors.index.json
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,6 +24,8 @@ from opd_megatron.megatron.hf_names import HEAD, IGNORED_SUFFIX, hf_shapes
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+# The default of `transformers`; a tensor that is larger has a file of its own.
+MAX_FILE_BYTES = 5_000_000_000
 
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
@@ -91,6 +97,65 @@ def check_tensors(weights: ModelWeights, arch: Architecture) -> None:
             )
 
 
+def _num_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    return dtype.itemsize * int(torch.Size(shape).numel())
+
+
+def plan_files(
+    shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, max_file_bytes: int
+) -> dict[str, dict[str, tuple[int, ...]]]:
+    """File name -> the tensors in it, in the given order; one file where all of them fit."""
+    files: list[dict[str, tuple[int, ...]]] = [{}]
+    room = max_file_bytes
+    for name, shape in shapes.items():
+        size = _num_bytes(shape, dtype)
+        if files[-1] and size > room:
+            files.append({})
+            room = max_file_bytes
+        files[-1][name] = shape
+        room -= size
+    if len(files) == 1:
+        return {WEIGHTS_FILE: files[0]}
+    return {
+        f"model-{number:05d}-of-{len(files):05d}.safetensors": members
+        for number, members in enumerate(files, start=1)
+    }
+
+
+def write_model_files(
+    directory: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    metadata: Mapping[str, str],
+    max_file_bytes: int = MAX_FILE_BYTES,
+) -> int:
+    """Write the weights of a model directory while the tensors arrive.
+
+    Args:
+        directory: exists and holds no weights.
+        shapes, dtype, tensors, metadata: as for `write_safetensors`; metadata goes into every file.
+        max_file_bytes: of the tensors in one file.
+
+    Returns:
+        Bytes of all weight files.
+    """
+    files = plan_files(shapes, dtype, max_file_bytes)
+    arriving = iter(tensors)
+    written = 0
+    for file, members in files.items():
+        of_file = itertools.islice(arriving, len(members))
+        written += write_safetensors(directory / file, members, dtype, of_file, metadata)
+    assert next(arriving, None) is None, "more tensors than shapes"
+    if len(files) > 1:
+        index = {
+            "metadata": {"total_size": sum(_num_bytes(shape, dtype) for shape in shapes.values())},
+            "weight_map": {name: file for file, members in files.items() for name in members},
+        }
+        (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+    return written
+
+
 def write_safetensors(
     path: Path,
     shapes: Mapping[str, tuple[int, ...]],
@@ -113,7 +178,7 @@ def write_safetensors(
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
     for name, shape in shapes.items():
-        size = dtype.itemsize * int(torch.Size(shape).numel())
+        size = _num_bytes(shape, dtype)
         header[name] = {
             "dtype": _DTYPE_NAMES[dtype],
             "shape": list(shape),

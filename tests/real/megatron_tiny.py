@@ -50,13 +50,25 @@ _BASE: dict[str, Any] = {
 }
 
 
+def model_config(family: str = "qwen3", tied: bool = False, **changes: Any) -> dict[str, Any]:
+    """The config.json of a small model."""
+    config = _BASE | _FAMILIES[family] | {"tie_word_embeddings": tied} | changes
+    if family == "qwen2":
+        config.pop("attention_bias")
+    return config
+
+
+def write_config(directory: Path, config: dict[str, Any]) -> None:
+    """Everything but the weights."""
+    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "tokenizer_config.json").write_text("{}")
+
+
 def write_model(
     directory: Path, family: str = "qwen3", tied: bool = False, seed: int = 0, **changes: Any
 ) -> Path:
     """A Hugging Face directory with random weights that make every tensor matter."""
-    config = _BASE | _FAMILIES[family] | {"tie_word_embeddings": tied} | changes
-    if family == "qwen2":
-        config.pop("attention_bias")
+    config = model_config(family, tied, **changes)
     generator = np.random.default_rng(seed)
     tensors = {}
     for name, shape in hf_shapes(architecture_of(config)).items():
@@ -67,8 +79,7 @@ def write_model(
             values *= 0.1 if name.endswith("bias") else 0.06
         tensors[name] = values.astype(np.float32)
     directory.mkdir(parents=True)
-    (directory / "config.json").write_text(json.dumps(config))
-    (directory / "tokenizer_config.json").write_text("{}")
+    write_config(directory, config)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     return directory
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from opd_megatron.errors import ConfigError
@@ -17,6 +18,7 @@ from opd_megatron.megatron.safetensors_files import (
     INDEX_FILE,
     ModelWeights,
     check_tensors,
+    write_model_files,
     write_safetensors,
 )
 
@@ -51,6 +53,36 @@ def test_a_written_file_is_read_by_safetensors_exactly(tmp_path: Path) -> None:
     loaded = load_file(path)
     assert set(loaded) == set(tensors)
     assert all(torch.equal(loaded[n], tensors[n]) for n in tensors)
+
+
+def test_a_model_that_fits_is_one_file_and_a_larger_one_several_with_an_index(
+    tmp_path: Path,
+) -> None:
+    tensors, shapes = _tensors(), hf_shapes(_arch())
+    limit = 300  # bytes: the largest tensor has 384, the smallest 16
+    for folder, largest in (("one", 10**9), ("many", limit)):
+        (tmp_path / folder).mkdir()
+        arrived = iter([(name, tensors[name]) for name in shapes])
+        size = write_model_files(
+            tmp_path / folder, shapes, torch.float32, arrived, {"weight_version": "7"}, largest
+        )
+        files = sorted((tmp_path / folder).glob("*.safetensors"))
+        assert sum(file.stat().st_size for file in files) == size
+        read = ModelWeights(tmp_path / folder)
+        check_tensors(read, _arch())
+        for name, tensor in tensors.items():
+            assert torch.equal(read.rows(name, 0, len(tensor)), tensor)
+    assert [p.name for p in (tmp_path / "one").iterdir()] == ["model.safetensors"]
+    count = len(files)
+    assert files[0].name == f"model-00001-of-{count:05d}.safetensors" and count > 3
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            sizes = [opened.get_tensor(name).nbytes for name in opened.keys()]  # noqa: SIM118
+            assert sum(sizes) <= limit or len(sizes) == 1
+            assert opened.metadata() == {"weight_version": "7"}
+    index = json.loads((tmp_path / "many" / INDEX_FILE).read_text())
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors.values())
+    assert list(index["weight_map"]) == list(shapes)
 
 
 def test_slices_of_sharded_files(tmp_path: Path) -> None:
