@@ -26,6 +26,7 @@ from opd_megatron.atomic import fsync_dir, fsync_file
 from opd_megatron.errors import CheckpointError, ContractError
 from opd_megatron.megatron import adamw_state
 from opd_megatron.megatron.checkpoint_writer import InProcessStrategy, PlannedSave
+from opd_megatron.megatron.optimizer_format import load_other_kind
 from opd_megatron.megatron.state import LearnerState
 
 
@@ -60,24 +61,29 @@ def _restore_random_states(states: dict[str, Any]) -> None:
     _tracker().set_states(states["tracker"])
 
 
+def _model_state(state: LearnerState) -> dict[str, Any]:
+    """The chunk's place in this dictionary is local; tensors are named by their layer in the model."""
+    return {
+        f"chunk{number}": module.sharded_state_dict(metadata=_metadata())
+        for number, module in enumerate(state.modules)
+    }
+
+
 def _sharded_state(
-    state: LearnerState, is_loading: bool, with_random_states: bool
+    state: LearnerState, is_loading: bool, with_optimizer: bool, with_random_states: bool
 ) -> dict[str, Any]:
     optimizer, scheduler = state.require_loaded(), state.scheduler
     assert scheduler is not None
-    metadata = _metadata()
-    # The chunk's place in this dictionary is local; tensors are named by their layer in the model.
-    model = {
-        f"chunk{number}": module.sharded_state_dict(metadata=metadata)
-        for number, module in enumerate(state.modules)
-    }
+    model = _model_state(state)
     sharded: dict[str, Any] = {
         "model": model,
-        "optimizer": optimizer.sharded_state_dict(model, is_loading, metadata=metadata),
         "scheduler": scheduler.state_dict(),
         "optimizer_step": state.optimizer_step,
         "layout": state.layout.as_mapping(),
+        "distributed_optimizer": state.recipe.learner.distributed_optimizer,
     }
+    if with_optimizer:
+        sharded["optimizer"] = optimizer.sharded_state_dict(model, is_loading, metadata=_metadata())
     if with_random_states:
         sharded["random_states"] = ShardedObject(
             "random_states", _random_states(), (dist.get_world_size(),), (dist.get_rank(),)
@@ -97,7 +103,7 @@ def _plan(state: LearnerState, directory: Path) -> PlannedSave:
         raise CheckpointError(f"{directory}: save needs an existing empty directory")
     dist.barrier()  # every rank has looked before any rank writes
     request = dist_checkpointing.save(
-        _sharded_state(state, is_loading=False, with_random_states=True),
+        _sharded_state(state, is_loading=False, with_optimizer=True, with_random_states=True),
         str(directory),
         sharded_strategy=InProcessStrategy(),
         async_sharded_save=True,
@@ -184,12 +190,22 @@ def load(state: LearnerState, directory: Path) -> None:
     try:
         common = dist_checkpointing.load_common_state_dict(str(directory))
         same_layout = common["layout"] == state.layout.as_mapping()
-        loaded: Any = dist_checkpointing.load(
-            _sharded_state(state, is_loading=True, with_random_states=same_layout), str(directory)
+        same_kind = common["distributed_optimizer"] == state.recipe.learner.distributed_optimizer
+        wanted = _sharded_state(
+            state,
+            is_loading=True,
+            with_optimizer=same_kind,
+            with_random_states=same_layout,
         )
+        loaded: Any = dist_checkpointing.load(wanted, str(directory))
         for number, module in enumerate(state.modules):
             module.load_state_dict(loaded["model"][f"chunk{number}"])
-        state.optimizer.load_state_dict(loaded["optimizer"])
+        if same_kind:
+            state.optimizer.load_state_dict(loaded["optimizer"])
+        else:
+            load_other_kind(
+                state.optimizer, common["optimizer"], _model_state(state), _metadata(), directory
+            )
     except Exception as error:  # whatever damaged files raise inside torch or Megatron
         raise CheckpointError(f"{directory}: can not be loaded: {error!r}") from error
     adamw_state.separate_steps(state.optimizer)

@@ -107,7 +107,7 @@ CASES = {
     },
 }
 
-# Saved in the first, loaded in the second; the third says whether bits must be equal.
+# Saved in the first, loaded in the second; where both are the same, bits must be equal.
 MOVES = {
     "tp2-to-tp2": (CASES[2]["tp2"], CASES[2]["tp2"]),
     "dp2_do-to-dp2_do": (_case(do=True), _case(do=True)),
@@ -117,6 +117,16 @@ MOVES = {
     "dp2_do-to-tp2_do": (_case(do=True), _case(tp=2, do=True)),
     "tp2_sp-to-pp2_interleaved": (_case(tp=2, sp=True), _case(pp=2, vpp=2)),
     "pp2_interleaved-to-cp2": (_case(pp=2, vpp=2), _case(cp=2)),
+    "dp2_do-to-dp2": (_case(do=True), _case()),
+    "pp2-to-dp2_do": (_case(pp=2), _case(do=True)),
+}
+# Saved in the first, loaded and saved again in the second, loaded in the first: bits must be equal, also in bf16, where
+# the optimizer holds weights of its own.
+ROUND_TRIPS = {
+    "bf16-dp2_do-and-dp2": (_case(do=True), _case()),
+    "bf16-tp2-and-tp2_do": (_case(tp=2), _case(tp=2, do=True)),
+    "bf16-tp2-and-pp2_do": (_case(tp=2), _case(pp=2, do=True)),
+    "fp32-cp2_do-and-pp2_interleaved": (_case(cp=2, do=True), _case(pp=2, vpp=2)),
 }
 BITWISE_MOVES = [name for name, (first, second) in MOVES.items() if first == second]
 BROKEN = {
@@ -125,4 +135,22 @@ BROKEN = {
     "tp2": _case(tp=2),
     "pp2": _case(pp=2),
     "pp2_interleaved": _case(pp=2, vpp=2),
+}
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """A layout in which a run is split at every step."""
+
+    case: Case
+    precision: str = "fp32"
+
+
+STEPS = 20
+# The first is in every run of the suite, the others are slow.
+RESUMED = {
+    "tp2_sp": Resumed(_case(tp=2, sp=True)),
+    "dp2_distributed_optimizer_bf16": Resumed(_case(do=True), "bf16"),
+    "pp2_interleaved_bf16": Resumed(_case(pp=2, vpp=2), "bf16"),
+    "cp2_distributed_optimizer": Resumed(_case(cp=2, do=True)),
 }

@@ -68,6 +68,14 @@ def new_state(recipe: Recipe, case: Case | None = None) -> LearnerState:
     return state
 
 
+def new_directory(path: Path) -> Path:
+    """Made by rank 0, there on every rank."""
+    if dist.get_rank() == 0:
+        path.mkdir()
+    dist.barrier()
+    return path
+
+
 def step_on(state: LearnerState, batch: Path) -> StepResult:
     """One training step on a batch file."""
     return train(

@@ -13,9 +13,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron_cases import BROKEN, CASES, LENGTHS, MOVES, OBJECTIVES, VOCAB, Case
+from megatron_cases import BROKEN, CASES, LENGTHS, MOVES, OBJECTIVES, ROUND_TRIPS, VOCAB, Case
 from megatron_reference import TOKEN_LOSSES, Reference, reference_run
-from megatron_setup import new_state, recipe_for, relative, run_worker, snapshot, step_on
+from megatron_setup import (
+    new_directory,
+    new_state,
+    recipe_for,
+    relative,
+    run_worker,
+    snapshot,
+    step_on,
+)
 from megatron_tiny import write_model, write_samples
 
 from opd_megatron.megatron import checkpoint, hf
@@ -116,28 +124,24 @@ def layouts(work: Path) -> dict[str, Any]:
 
 
 def move_case(
-    model_path: Path,
-    batches: list[Path],
-    directory: Path,
-    saved: Case,
-    loaded: Case,
-    precision: str,
+    model_path: Path, batches: list[Path], work: Path, path: list[Case], precision: str
 ) -> dict[str, float] | None:
-    """Step, save, load in another layout, step: weights against the uninterrupted run."""
-    straight = new_state(recipe_for(model_path, saved, precision=precision))
+    """Step, save, load (and save again) in other layouts, step: weights against the uninterrupted run."""
+    straight = state = new_state(recipe_for(model_path, path[0], precision=precision))
     straight.load_hf(model_path)
     step_on(straight, batches[0])
-    if dist.get_rank() == 0:
-        directory.mkdir()
-    dist.barrier()
-    checkpoint.save(straight, directory)
+    commits = [work.with_name(f"{work.name}-{i}") for i in range(len(path))]
+    checkpoint.save(straight, new_directory(commits[0]))
     step_on(straight, batches[1])
     wanted = snapshot(straight)
-    resumed = new_state(recipe_for(model_path, loaded, precision=precision))
-    checkpoint.load(resumed, directory)
-    steps_loaded = resumed.optimizer_step
-    step_on(resumed, batches[1])
-    weights = snapshot(resumed)
+    for i, case in enumerate(path[1:], start=1):
+        state = new_state(recipe_for(model_path, case, precision=precision))
+        checkpoint.load(state, commits[i - 1])
+        if i + 1 < len(path):
+            checkpoint.save(state, new_directory(commits[i]))
+    steps_loaded = state.optimizer_step
+    step_on(state, batches[1])
+    weights = snapshot(state)
     if dist.get_rank() != 0:
         return None
     return {
@@ -153,7 +157,10 @@ def moves(work: Path) -> dict[str, Any]:
     for name, (saved, loaded) in MOVES.items():
         for precision in ("fp32", "bf16") if saved == loaded else ("fp32",):
             key = f"{precision}-{name}"
-            results[key] = move_case(model, batches, work / key, saved, loaded, precision)
+            results[key] = move_case(model, batches, work / key, [saved, loaded], precision)
+    for name, (first, other) in ROUND_TRIPS.items():
+        precision = name.split("-")[0]
+        results[name] = move_case(model, batches, work / name, [first, other, first], precision)
     return results
 
 

@@ -58,7 +58,14 @@ def test_2000_kills_at_random_moments_always_leave_a_commit_that_loads(
     check_random(run(tmp_path / "work", what, 2000, timeout_s=3500), 2000)
 
 
-@pytest.mark.parametrize("what", ["calls", "torn_calls", "background_torn_calls"])
+@pytest.mark.parametrize(
+    "what",
+    [
+        pytest.param("calls", marks=pytest.mark.slow),  # a torn write is the harder case
+        "torn_calls",
+        "background_torn_calls",
+    ],
+)
 def test_a_kill_or_power_loss_at_every_call_that_changes_the_disk_leaves_a_commit(
     tmp_path: Path, what: str
 ) -> None:

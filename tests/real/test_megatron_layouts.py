@@ -117,6 +117,13 @@ def test_resume_in_another_layout_goes_on_the_same(moves: Results, move: str) ->
     assert moves[f"fp32-{move}"]["weights"] <= TOLERANCE
 
 
+@pytest.mark.parametrize("trip", cases.ROUND_TRIPS)
+def test_a_checkpoint_that_went_through_another_layout_lost_nothing(
+    moves: Results, trip: str
+) -> None:
+    assert moves[trip] == {"steps_loaded": 1.0, "weights": 0.0}
+
+
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory: pytest.TempPathFactory) -> Results:
     return _run(tmp_path_factory.mktemp("broken"), 2, "broken")
