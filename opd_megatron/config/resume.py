@@ -31,6 +31,8 @@ _MAY_CHANGE = (
     "optimizer.decay_steps",  # the learner compares the whole curve
     "rollout.server.",
 )
+# Among those, what does change what is learned: the numbers that the student is computed in.
+_MAY_NOT_CHANGE = ("learner.precision", "learner.fp8_")
 
 
 def may_change(keys: Iterable[str]) -> set[str]:
@@ -38,8 +40,11 @@ def may_change(keys: Iterable[str]) -> set[str]:
     return {
         key
         for key in keys
-        if key.startswith(_MAY_CHANGE)
-        or (key.startswith("teachers.") and (".server." in key or key.endswith(".offload")))
+        if (
+            key.startswith(_MAY_CHANGE)
+            or (key.startswith("teachers.") and (".server." in key or key.endswith(".offload")))
+        )
+        and not key.startswith(_MAY_NOT_CHANGE)
     }
 
 

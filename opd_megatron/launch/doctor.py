@@ -27,6 +27,7 @@ from packaging.version import Version
 from opd_megatron.errors import ServerError
 from opd_megatron.launch.ports import PortReservations
 from opd_megatron.megatron.version import TESTED_VERSIONS as TESTED_MEGATRON
+from opd_megatron.megatron.version import is_nvidia_apex
 
 # The response contract and the CPU stand-ins were checked against exactly these.
 TESTED_SGLANG = ("0.5.23",)
@@ -38,8 +39,6 @@ MIN_GLIBC = "2.34"
 # Two SGLang servers and two learner ranks on tiny models.
 MIN_MEMORY_GIB = 6.0
 MIN_FREE_DISK_GIB = 2.0
-# Both are subpackages of NVIDIA Apex and of nothing else that is called apex.
-_NVIDIA_APEX_PACKAGES = ("normalization", "optimizers")
 
 _GIB = 2**30
 
@@ -168,10 +167,7 @@ def check_apex(path: SearchPath = None) -> CheckResult:
     folder = package_folder("apex", path)
     if version is None and folder is None:
         return CheckResult("apex", True, "not installed; torch's own kernels are used")
-    is_nvidia = folder is not None and all(
-        (folder / name / "__init__.py").is_file() for name in _NVIDIA_APEX_PACKAGES
-    )
-    if is_nvidia:
+    if folder is not None and is_nvidia_apex(folder):
         return CheckResult("apex", True, f"NVIDIA Apex {version or 'of unknown version'}")
     return CheckResult(
         "apex",

@@ -85,12 +85,13 @@ def start_world(recipe: Recipe) -> LearnerState:
     """Versions, device, process groups and model of this rank.
 
     Raises:
-        ConfigError: untested Megatron-Core, a GPU that can not run the precision, unsupported student
+        ConfigError: untested Megatron-Core, a foreign apex, a GPU that can not run the precision, unsupported student
             or layout.
     """
-    from opd_megatron.megatron.version import check_version
+    from opd_megatron.megatron.version import check_apex, check_version
 
     check_version()
+    check_apex()
     if recipe.device == "cpu":
         from opd_megatron.megatron import cpu_shim
 

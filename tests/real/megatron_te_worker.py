@@ -169,6 +169,9 @@ def main() -> None:
         results[f"{name}-bf16"] = build(path, precision="bf16")
         for recipe in ("delayed", "current", "blockwise", "mxfp8"):
             results[f"{name}-{recipe}"] = build(path, precision="fp8", fp8_recipe=recipe)
+    from megatron.core.optimizer import Adam
+
+    results["optimizer"] = {"class": f"{Adam.__module__}.{Adam.__qualname__}"}
     results["devices"] = {"differ": devices_differ_in(work / "llama")}
     (work / "te.json").write_text(json.dumps(results, indent=1))
 

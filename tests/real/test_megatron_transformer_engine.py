@@ -87,3 +87,8 @@ def test_the_two_devices_differ_in_fusions_and_sends_only(built: dict[str, dict[
         "persist_layer_norm",
         "use_cpu_initialization",
     ]
+
+
+def test_megatron_takes_transformer_engines_optimizer(built: dict[str, dict[str, Any]]) -> None:
+    name = built["optimizer"]["class"]
+    assert name.startswith("transformer_engine.") and name.endswith(".FusedAdam")
