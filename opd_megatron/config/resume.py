@@ -13,7 +13,8 @@ from opd_megatron.config.overrides import changed_leaves
 from opd_megatron.config.schema import Recipe
 from opd_megatron.errors import ConfigError
 
-# Nothing that changes what is learned: how long, on which layout, shown and checked how often.
+# Nothing that changes what is learned: how long, on which layout, shown and checked how often. A name that ends with a
+# dot stands for its whole section.
 _MAY_CHANGE = (
     "steps",
     "learner.",
@@ -35,13 +36,17 @@ _MAY_CHANGE = (
 _MAY_NOT_CHANGE = ("learner.precision", "learner.fp8_")
 
 
+def _matches(key: str, names: Iterable[str]) -> bool:
+    return any(key == name or (name.endswith(".") and key.startswith(name)) for name in names)
+
+
 def may_change(keys: Iterable[str]) -> set[str]:
     """The keys among `keys` that a resumed attempt may change."""
     return {
         key
         for key in keys
         if (
-            key.startswith(_MAY_CHANGE)
+            _matches(key, _MAY_CHANGE)
             or (key.startswith("teachers.") and (".server." in key or key.endswith(".offload")))
         )
         and not key.startswith(_MAY_NOT_CHANGE)
