@@ -10,32 +10,38 @@ import subprocess
 
 from opd_megatron.config.schema import Recipe
 from opd_megatron.errors import ConfigError
-from opd_megatron.megatron.precision import Gpu, check_gpu
+from opd_megatron.megatron.precision import Gpu, Version, check_gpu
 
 _QUERY = ("--query-gpu=name,compute_cap", "--format=csv,noheader")
 _TIMEOUT_S = 20
 
 
-def parse_gpus(listing: str) -> list[Gpu]:
-    """One GPU per line `NAME, MAJOR.MINOR`; the CUDA version is torch's to say."""
+def parse_cuda(text: str | None) -> Version | None:
+    """ "13.0" as numbers; None where torch is absent or a CPU build."""
+    major, _, minor = (text or "").partition(".")
+    return (int(major), int(minor.split(".")[0])) if major.isdigit() and minor else None
+
+
+def parse_gpus(listing: str, cuda: Version | None = None) -> list[Gpu]:
+    """One GPU per line `NAME, MAJOR.MINOR`; `cuda`: that torch is built for, None when unknown."""
     gpus: list[Gpu] = []
     for line in listing.splitlines():
         name, _, capability = line.rpartition(",")
         major, dot, minor = capability.strip().partition(".")
         if dot and major.isdigit() and minor.isdigit():
-            gpus.append(Gpu(name.strip(), (int(major), int(minor)), None))
+            gpus.append(Gpu(name.strip(), (int(major), int(minor)), cuda))
     return gpus
 
 
-def visible_gpus() -> list[Gpu]:
-    """GPUs of this machine; none without a driver."""
+def visible_gpus(cuda: Version | None = None) -> list[Gpu]:
+    """GPUs of this machine; none without a driver. `cuda` as for `parse_gpus`."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return []
     found = subprocess.run(
         [program, *_QUERY], capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
     )
-    return parse_gpus(found.stdout) if found.returncode == 0 else []
+    return parse_gpus(found.stdout, cuda) if found.returncode == 0 else []
 
 
 def check_precision(recipe: Recipe, gpus: list[Gpu]) -> None:

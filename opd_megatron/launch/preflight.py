@@ -15,8 +15,8 @@ from opd_megatron.data.rows import RowScan, scan_rows
 from opd_megatron.data.tokenizer_files import compare_tokenizers, tokenizer_fingerprint
 from opd_megatron.errors import ConfigError, DataError
 from opd_megatron.eval.grading import make_grader
-from opd_megatron.launch.doctor import torch_cuda
-from opd_megatron.launch.gpus import check_precision, visible_gpus
+from opd_megatron.launch.doctor import package_folder, torch_cuda
+from opd_megatron.launch.gpus import check_precision, parse_cuda, visible_gpus
 from opd_megatron.launch.loss_checks import check_aliases, check_loss, check_task
 from opd_megatron.megatron.architecture import architecture_of, check_layout, check_teacher
 from opd_megatron.megatron.precision import fp8_settings
@@ -121,7 +121,9 @@ def check_learner(recipe: Recipe) -> None:
         config = read_model_config(Path(teacher.path), f"teachers.{name}.path")
         own = architecture_of(config, str(Path(teacher.path) / "config.json"))
         check_teacher(name, own, arch, recipe.learner)
-    check_precision(recipe, visible_gpus())
+    has_torch = package_folder("torch") is not None
+    cuda = parse_cuda(torch_cuda()) if has_torch else None
+    check_precision(recipe, visible_gpus(cuda))
 
 
 def _check_evaluation(recipe: Recipe, heldout: RowScan) -> None:

@@ -11,7 +11,7 @@ import pytest
 from opd_megatron.config.rules import problems
 from opd_megatron.config.schema import LearnerConfig, Recipe
 from opd_megatron.errors import ConfigError
-from opd_megatron.launch.gpus import check_precision, parse_gpus
+from opd_megatron.launch.gpus import check_precision, parse_cuda, parse_gpus
 from opd_megatron.megatron.architecture import Architecture, architecture_of
 from opd_megatron.megatron.model import transformer_config
 from opd_megatron.megatron.parallel import layout_of
@@ -144,6 +144,24 @@ def test_validate_reads_the_gpus_of_this_machine_and_names_the_one_that_can_not(
     check_precision(recipe, gpus[:1])
     check_precision(recipe, [])
     with pytest.raises(ConfigError, match=r"this recipe needs 10\.0.*\(GPU 1 of this machine\)"):
+        check_precision(recipe, gpus)
+
+
+@pytest.mark.parametrize(
+    ("text", "cuda"), [("12.8", (12, 8)), ("13.0", (13, 0)), (None, None), ("", None)]
+)
+def test_validate_compares_the_cuda_that_torch_is_built_for(
+    text: str | None, cuda: tuple[int, int] | None
+) -> None:
+    assert parse_cuda(text) == cuda
+    gpus = parse_gpus("NVIDIA H100 80GB HBM3, 9.0\n", cuda)
+    recipe = Recipe(device="cuda", learner=fp8("blockwise"))
+    if cuda != (12, 8):
+        check_precision(recipe, gpus)
+        return
+    with pytest.raises(
+        ConfigError, match=r"torch is built for CUDA 12\.8, this recipe needs 12\.9"
+    ):
         check_precision(recipe, gpus)
 
 
