@@ -45,7 +45,7 @@ test-megatron-latest: ## Run the learner's tests on the newest Megatron-Core (Py
 	@scripts/megatron_latest.sh $(ARGS)
 
 .PHONY: test-gpu
-test-gpu: ## Run the loss tests on one CUDA device; GPU_PYTHON is a Python with torch, triton and pytest
+test-gpu: ## Run loss and learner on one CUDA device; GPU_PYTHON has torch, triton, pytest (learner: Megatron-Core and Transformer Engine)
 	$(GPU_PYTHON) -m pytest -q tests/gpu --durations=10
 
 .PHONY: check
