@@ -63,12 +63,11 @@ def recipe_for(model: Path, background: bool) -> Recipe:
     )
 
 
-def new_state(work: Path, recipe: Recipe) -> LearnerState:
-    """A learner of one rank in a world of its own."""
-    store = torch.distributed.FileStore(  # pyright: ignore[reportPrivateImportUsage]
-        str(work / f"store-{os.getpid()}"), 1
-    )
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+def new_state(store: Path, recipe: Recipe, rank: int = 0) -> LearnerState:
+    """A rank of a world that meets at a file."""
+    ranks = recipe.learner.world_size
+    file = torch.distributed.FileStore(str(store), ranks)  # pyright: ignore[reportPrivateImportUsage]
+    dist.init_process_group("gloo", store=file, rank=rank, world_size=ranks)
     parallel.start_model_parallel(parallel.layout_of(recipe.learner), recipe.seed, 60)
     return build_state(recipe)
 
@@ -104,22 +103,27 @@ def quiet(_: str) -> None:
 
 def save_commit(state: LearnerState, root: Path, step: int) -> None:
     """What controller and learner do for one commit, in one process."""
-    set_step(state, step)
     folder = commit.begin(root, step)
+    save_model(state, folder / commit.MODEL, step)
+    commit.finish(root, step, {"step": step}, FINGERPRINT, KEEP)
+
+
+def save_model(state: LearnerState, directory: Path, step: int) -> None:
+    """The learner's part of it."""
+    set_step(state, step)
     if state.recipe.checkpoint.async_save:
-        checkpoint.begin(state, folder / commit.MODEL)
+        checkpoint.begin(state, directory)
         set_step(state, step + 1)  # training goes on
         while checkpoint.finish(state) is None:
             time.sleep(1e-3)
     else:
-        checkpoint.save(state, folder / commit.MODEL)
-    commit.finish(root, step, {"step": step}, FINGERPRINT, KEEP)
+        checkpoint.save(state, directory)
 
 
 def child(work: Path, recipe: Recipe, told: int, faults: tuple[int | None, bool] | None) -> None:
     """Load and compare the newest commit, say its step, then save until killed (or once, with faults)."""
     root = work / "checkpoints"
-    state = new_state(work, recipe)
+    state = new_state(work / f"store-{os.getpid()}", recipe)
     state.load_hf(Path(recipe.student.path))
     found = commit.newest(root, quiet)
     step = 0
@@ -260,7 +264,7 @@ def every_call(work: Path, recipe: Recipe, torn: bool) -> dict[str, Any]:
     return {"calls": counts, "kills": len(kinds), "old_or_new": seen, "newest": loadable(root)}
 
 
-def _damage(path: Path, kind: str, rng: random.Random) -> None:
+def damage(path: Path, kind: str, rng: random.Random) -> None:
     content = bytearray(path.read_bytes())
     if kind == "remove":
         path.unlink()
@@ -287,7 +291,7 @@ def damaged(work: Path, recipe: Recipe) -> dict[str, Any]:
     loaded: dict[str, int] = {}
     for name in names:
         for kind in ("flip", "cut", "remove"):
-            _damage(root / name, kind, rng)
+            damage(root / name, kind, rng)
             pid, pipe = forked(work, recipe, (0, False))
             loaded[f"{kind} {name}"] = int(read_events(pipe, "ready")[0][1])
             os.waitpid(pid, 0)

@@ -1,7 +1,7 @@
 """A save that dies anywhere leaves a commit that loads; a damaged commit gives way to the one before.
 
-The saves are of a real (tiny) learner state through Megatron's distributed checkpoints, one rank. Not covered here:
-ranks that die separately (a save that misses a rank never returns, so the controller never makes the commit).
+The saves are of a real (tiny) learner state through Megatron's distributed checkpoints: most of one rank, which tries
+every call; then of two ranks, which die separately.
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ import pytest
 pytestmark = pytest.mark.real
 
 WORKER = Path(__file__).with_name("megatron_commit_worker.py")
+TWO_RANKS = Path(__file__).with_name("megatron_ranks_worker.py")
 REPOSITORY = Path(__file__).parents[2]
 
 
-def run(work: Path, what: str, trials: int = 0, timeout_s: float = 280) -> dict[str, Any]:
+def run(
+    work: Path, what: str, trials: int = 0, timeout_s: float = 280, worker: Path = WORKER
+) -> dict[str, Any]:
     finished = subprocess.run(
-        [sys.executable, str(WORKER), str(work), what, str(trials)],
+        [sys.executable, str(worker), str(work), what, str(trials)],
         cwd=REPOSITORY,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
@@ -91,3 +94,17 @@ def test_a_flipped_bit_a_cut_or_a_missing_file_gives_way_to_the_commit_before(
     assert damaged >= {"controller.json", "manifest.json", ".metadata", "metadata.json"}
     assert "__0_0.distcp" in damaged and len(loaded) == 3 * len(damaged)
     assert set(loaded.values()) == {1}
+
+
+def test_ranks_that_die_separately_leave_the_commit_before_and_do_not_hang(tmp_path: Path) -> None:
+    """That the other rank ends by itself and what both load is asserted by the worker, kill by kill."""
+    result = run(tmp_path / "work", "separate", worker=TWO_RANKS)
+    assert set(result["kills"]) == {"0", "1"} and min(result["kills"].values()) >= 3
+    assert result["slowest_s"] < 60
+
+
+def test_two_ranks_turn_away_from_a_damaged_commit_together(tmp_path: Path) -> None:
+    loaded = run(tmp_path / "work", "damage", worker=TWO_RANKS)["loaded"]
+    names = {entry.split(" ")[1] for entry in loaded}
+    assert names >= {"__0_0.distcp", "__1_0.distcp", ".metadata", "metadata.json"}
+    assert all(steps == [1, 1] for steps in loaded.values()), loaded
