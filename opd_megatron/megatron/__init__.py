@@ -7,6 +7,7 @@ The only package that imports `megatron.*`.
     step        one step; `forward` runs micro-batches, `micro_loss` is the loss of one of them
     model       Hugging Face config -> TransformerConfig, layer spec, GPTModel
     hf          streamed weights in and out; `hf_names` is the one name table
-    checkpoint  distributed checkpoints
+    checkpoint  distributed checkpoints, also beside the training (`checkpoint_writer`); `optimizer_format` loads the
+                state of the distributed optimizer without it, and the other way round
     cpu_shim    CUDA literals of Megatron-Core on CPU; loaded for device "cpu" only
 """
