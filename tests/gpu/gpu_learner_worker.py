@@ -25,7 +25,10 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent / "real")]
 
 import torch  # noqa: E402
-from megatron_tiny import write_model, write_samples  # noqa: E402
+from megatron_tiny import (  # noqa: E402  # pyright: ignore[reportMissingImports]
+    write_model,
+    write_samples,
+)
 
 from opd_megatron.config.schema import (  # noqa: E402
     BatchConfig,
@@ -116,12 +119,13 @@ def look(path: Path, batch: Path, recipe: Recipe) -> Seen:
 def differ(seen: Seen, reference: Seen) -> dict[str, float]:
     """Log-probs in nats; gradients as the norm of all differences over the norm of all."""
     nats = (seen.logprobs - reference.logprobs).abs()
-    squares = {n: (seen.gradients[n] - g).square().sum() for n, g in reference.gradients.items()}
-    whole = sum(g.square().sum() for g in reference.gradients.values())
+    gradients = reference.gradients.items()
+    squares = sum(float((seen.gradients[name] - g).square().sum()) for name, g in gradients)
+    whole = sum(float(g.square().sum()) for _, g in gradients)
     return {
         "logprob_mean": float(nats.mean()),
         "logprob_max": float(nats.max()),
-        "gradient": float((sum(squares.values()) / whole).sqrt()),
+        "gradient": (squares / whole) ** 0.5,
     }
 
 

@@ -99,7 +99,7 @@ def test_a_flipped_bit_a_cut_or_a_missing_file_gives_way_to_the_commit_before(
 def test_ranks_that_die_separately_leave_the_commit_before_and_do_not_hang(tmp_path: Path) -> None:
     """That the other rank ends by itself and what both load is asserted by the worker, kill by kill."""
     result = run(tmp_path / "work", "separate", worker=TWO_RANKS)
-    assert set(result["kills"]) == {"0", "1"} and min(result["kills"].values()) >= 3
+    assert set(result["kills"]) == {"0", "1"} and min(result["kills"].values()) >= 2
     assert result["slowest_s"] < 60
 
 
