@@ -32,6 +32,7 @@ from megatron_tiny import (  # noqa: E402  # pyright: ignore[reportMissingImport
 
 from opd_megatron.config.schema import (  # noqa: E402
     BatchConfig,
+    CorrectionConfig,
     LearnerConfig,
     OptimizerConfig,
     Recipe,
@@ -76,6 +77,8 @@ def recipe_for(
         device=device,
         student=StudentConfig(path=str(path)),
         optimizer=OptimizerConfig(lr=1e-5, clip_grad=0.0),
+        # A mask would turn a rounding into a whole token more or less.
+        correction=CorrectionConfig(kind="none"),
         batch=BatchConfig(tokens_per_microbatch=tokens),
         learner=LearnerConfig(precision=precision, fp8_recipe=fp8_recipe),
     )
