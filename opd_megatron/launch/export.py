@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from opd_megatron.config.run_yaml import read_run_yaml, write_run_yaml
+from opd_megatron.config.schema import Recipe
 from opd_megatron.controller import commit
 from opd_megatron.controller.learner_link import LearnerLink
 from opd_megatron.errors import ConfigError, RoleDied
@@ -35,15 +36,7 @@ def export_commit(run: RunDir, out: Path, step: int | None, say: Say) -> None:
         raise ConfigError.of("--out", str(out), "exists already", "choose a new directory")
     found = _find(run, step, say)
     make_folder(out.parent, "--out")
-    single = dataclasses.replace(
-        recipe.learner,
-        tensor_parallel=1,
-        pipeline_parallel=1,
-        context_parallel=1,
-        data_parallel=1,
-        sequence_parallel=False,
-    )
-    alone = dataclasses.replace(recipe, learner=single)
+    alone = on_one_rank(recipe)
     with tempfile.TemporaryDirectory() as folder, Supervisor(uuid.uuid4().hex) as supervisor:
         root = Path(folder)
         mailbox, log = root / "mailbox", root / "learner.log"
@@ -51,10 +44,24 @@ def export_commit(run: RunDir, out: Path, step: int | None, say: Say) -> None:
         write_run_yaml(root / "run.yaml", alone, root, [])
         supervisor.start(learner_role(alone, root / "run.yaml", mailbox, log))
         try:
-            asyncio.run(_publish(LearnerLink(mailbox, single.step_timeout_s), found, out))
+            asyncio.run(_publish(LearnerLink(mailbox, alone.learner.step_timeout_s), found, out))
         except RoleDied as error:
             raise RoleDied(f"{error}\n{tail(log)}") from error
     say(f"wrote {out} from {found.path.name}")
+
+
+def on_one_rank(recipe: Recipe) -> Recipe:
+    """The same recipe for a learner of one rank, which loads a commit of any layout."""
+    single = dataclasses.replace(
+        recipe.learner,
+        tensor_parallel=1,
+        pipeline_parallel=1,
+        virtual_pipeline=1,
+        context_parallel=1,
+        data_parallel=1,
+        sequence_parallel=False,
+    )
+    return dataclasses.replace(recipe, learner=single)
 
 
 def _find(run: RunDir, step: int | None, say: Say) -> commit.Commit:
