@@ -149,8 +149,8 @@ class Resumed:
 STEPS = 20
 # The first is in every run of the suite, the others are slow.
 RESUMED = {
-    "tp2_sp": Resumed(_case(tp=2, sp=True)),
     "dp2_distributed_optimizer_bf16": Resumed(_case(do=True), "bf16"),
+    "tp2_sp": Resumed(_case(tp=2, sp=True)),
     "pp2_interleaved_bf16": Resumed(_case(pp=2, vpp=2), "bf16"),
     "cp2_distributed_optimizer": Resumed(_case(cp=2, do=True)),
 }

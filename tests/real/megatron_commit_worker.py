@@ -1,6 +1,6 @@
 """Kills saves of a real learner state: at random moments, and at every call that changes the disk. Damages commits.
 
-    python megatron_commit_worker.py WORK random|calls|torn_calls|damage|background_random|... TRIALS
+    python megatron_commit_worker.py WORK random|calls|torn_calls|damage|background_calls|... TRIALS
 
 The process imports torch and Megatron once and forks a child per trial. A child joins a world of its own, loads the
 newest commit and compares it with what its step must hold, says so, and saves the next commits until it is killed. So
@@ -10,6 +10,7 @@ the state changes while they are under way. WORK/<what>.json holds what happened
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -187,8 +188,11 @@ def random_kills(work: Path, recipe: Recipe, trials: int) -> dict[str, Any]:
     root, moments = work / "checkpoints", []
     first = _seconds_per_save(work, recipe)
     before = loadable(root)
-    for _ in range(trials):
-        pid, pipe = forked(work, recipe, None)
+    for trial in range(trials):
+        # By turns beside the training and not.
+        checkpoints = CheckpointConfig(async_save=bool(trial % 2))
+        turn = dataclasses.replace(recipe, checkpoint=checkpoints)
+        pid, pipe = forked(work, turn, None)
         ready = read_events(pipe, "ready")
         assert ready and int(ready[0][1]) == before, "the commit that was left does not load"
         time.sleep(rng.uniform(0, 1.2 * first))
