@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 
 from opd_megatron.exchange.batch_file import write_batch
 from opd_megatron.serving.client import Sampling, SglangClient
+from opd_megatron.serving.pool import ServerPool
 from opd_megatron.teacher.in_process import unscored
 from opd_megatron.teacher.scoring import score_rollouts
 from opd_megatron.types import Rollout, Sample
@@ -55,7 +56,11 @@ async def asked_twice(
         for rid, prompt, g in zip(rids, prompts, generations, strict=True)
     ]
     routes = ["main"] * len(rollouts)
-    scores = await score_rollouts({"main": [client]}, rollouts, routes, topk=TOPK)
+    pool = ServerPool("main", [client], return_timeout_s=5, say=print)
+    try:
+        scores = await score_rollouts({"main": pool}, rollouts, routes, topk=TOPK)
+    finally:
+        await pool.close()
     samples = [Sample(rollout, unscored(rollout, "main")) for rollout in rollouts]
     inside = await asyncio.to_thread(_learner_scores, samples, student, teacher, work)
     ids = np.concatenate([score.topk_ids for score in scores])  # type: ignore[misc]

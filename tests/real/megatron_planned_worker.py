@@ -128,6 +128,26 @@ def difference(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def broken_student(model: Path, batch: Path) -> dict[str, Any]:
+    """A step of a student with a NaN in the embedding of rank 1 only, under a filter on its own entropy."""
+    case = Case({"tensor_parallel": 2})
+    state = new_state(recipe_of(model, case, PLANNED["entropy filter, sequence mean"]), case)
+    state.load_hf(model)
+    if dist.get_rank() == 1:
+        with torch.no_grad():
+            next(p for p in state.modules[0].parameters() if p.dim() == 2).fill_(torch.nan)
+    before = snapshot(state)
+    result = step_on(state, batch)
+    after = snapshot(state)
+    return {
+        "updates": result.updates,
+        "why_not_applied": result.why_not_applied,
+        "unchanged": all(
+            torch.equal(before[n].nan_to_num(), after[n].nan_to_num()) for n in before
+        ),
+    }
+
+
 def planned(work: Path) -> dict[str, Any]:
     model, batch = work / "model", work / "batch.safetensors"
     if dist.get_rank() == 0:
@@ -142,6 +162,7 @@ def planned(work: Path) -> dict[str, Any]:
             first = first or made
             if dist.get_rank() == 0:
                 results[f"{name}-{layout}"] = difference(first, made)
+    results["broken student"] = broken_student(model, batch)
     return results
 
 

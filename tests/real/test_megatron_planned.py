@@ -59,3 +59,9 @@ def test_every_cut_of_the_batch_gives_the_same_step(
     assert max(case["values"].values()) <= 1e-5, case["values"]
     assert case["gradient"] <= 1e-5
     assert case["weights"] <= 1e-5
+
+
+def test_a_student_with_a_nan_ends_the_step_before_the_plan(steps: dict[str, Any]) -> None:
+    case = steps["broken student"]
+    assert case["updates"] == 0 and case["unchanged"]
+    assert "is not finite: sample " in case["why_not_applied"]

@@ -44,7 +44,10 @@ def demo() -> Recipe:
         ),
         (["objective.discount=1"], "correction.level"),
         (["filter.score=kl", "filter.low=70"], "chooses by the very token"),
-        (["task.coefficient=1", "task.grader=exact_matc"], "did you mean 'exact_match'"),
+        (
+            ["task.coefficient=1", "task.grader=exact_matc", "correction.level=sequence"],
+            "did you mean 'exact_match'",
+        ),
     ],
 )
 def test_a_loss_that_is_not_what_it_says_is_refused(
@@ -81,7 +84,7 @@ def test_a_task_needs_an_answer_in_every_training_row(demo: Recipe, tmp_path: Pa
     rows = [{"prompt": "1+1:", "answer": "2"}, {"prompt": "1+2:"}]
     path = tmp_path / "train.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    overrides = [f"data.train={path}", "task.coefficient=1"]
+    overrides = [f"data.train={path}", "task.coefficient=1", "correction.level=sequence"]
     with pytest.raises(OpdError, match=r"train.jsonl:2 has no 'answer'"):
         check_inputs(apply_overrides(demo, overrides))
 
