@@ -34,11 +34,11 @@ demo: install ## Run the demo recipe: a tiny student learns from a tiny teacher
 .PHONY: test
 test: install ## Run the whole CPU suite
 	$(PYTEST) -m "not real and not gpu and not slow" -n $(JOBS)
-	$(PYTEST) -m "real and not gpu and not slow" --durations=10
+	$(PYTEST) -m "real and not gpu and not slow and not transformer_engine" -n $(JOBS) --dist loadfile --durations=10
 
 .PHONY: test-slow
 test-slow: install ## Run the tests that take minutes each
-	$(PYTEST) -m "slow and not gpu" --durations=0
+	$(PYTEST) -m "slow and not gpu and not transformer_engine" --durations=0
 
 .PHONY: test-megatron-latest
 test-megatron-latest: ## Run the learner's tests on the newest Megatron-Core (Python 3.12, own environment)

@@ -57,6 +57,7 @@ async def asked_twice(
     ]
     routes = ["main"] * len(rollouts)
     pool = ServerPool("main", [client], return_timeout_s=5, say=print)
+    pool.admit(client, (await client.model_info()).weight_version)
     try:
         scores = await score_rollouts({"main": pool}, rollouts, routes, topk=TOPK)
     finally:

@@ -21,7 +21,7 @@ def test_a_whole_run_learns_from_a_teacher_without_a_server(tmp_path: Path) -> N
         *("teachers.main.engine=in_process", "teachers.main.offload=true", f"steps={STEPS}"),
         *("objective.estimator=support_matching", "objective.support=full", *SMALL),
         # Enough of both that the KL falls by more than its noise.
-        *("batch.rollouts_per_prompt=16", "optimizer.lr=2e-3", "evaluation.every=0"),
+        *("batch.rollouts_per_prompt=16", "evaluation.every=0"),
         *("evaluation.problems=16", "evaluation.kl_problems=16"),
     ]
     process = start("run", "demo", "--run-dir", str(run.root), *settings, output=output)

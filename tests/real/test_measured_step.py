@@ -9,7 +9,7 @@ import pytest
 from benchmarks import step, step_report
 from benchmarks.step_cases import cases
 
-pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 def test_a_case_is_measured_and_its_memory_is_near_the_estimate() -> None:

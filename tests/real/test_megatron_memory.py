@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.slow]
 
 WORKER = Path(__file__).with_name("megatron_memory_worker.py")
 REPOSITORY = Path(__file__).parents[2]

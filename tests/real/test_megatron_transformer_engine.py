@@ -16,13 +16,7 @@ from typing import Any
 import pytest
 
 SITE = os.environ.get("OPD_TRANSFORMER_ENGINE_SITE", "")
-pytestmark = [
-    pytest.mark.real,
-    pytest.mark.skipif(
-        not SITE,
-        reason="Transformer Engine's Python part is not here; run make test-megatron-latest",
-    ),
-]
+pytestmark = [pytest.mark.real, pytest.mark.transformer_engine]
 
 WORKER = Path(__file__).with_name("megatron_te_worker.py")
 REPOSITORY = Path(__file__).parents[2]
