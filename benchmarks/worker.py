@@ -67,9 +67,10 @@ class Step:
                 raise ValueError("teacher_logits_TV: None seen, this family starts at both logits")
             return (logits_TV, x.teacher_logits_TV), (logits_TV,)
         student = (x.hidden_TH, x.weight_VH)
+        wanted = student if self.method.weight_grad else student[:1]
         if self.method.family == catalog.HEAD:
-            return student, student if self.method.weight_grad else student[:1]
-        return (*student, x.teacher_hidden_TH, x.weight_VH.detach()), student
+            return student, wanted
+        return (*student, x.teacher_hidden_TH, x.weight_VH.detach()), wanted
 
     def gradients(self) -> tuple[torch.Tensor, ...]:
         tensors, wanted = self.arguments()
