@@ -1,6 +1,6 @@
 """Rules a recipe must keep, checked before anything is started. No torch, no files except by name.
 
-Single-field rules come from the field metadata of `schema.py`; rules between fields are the functions below.
+Single-field rules come from the field metadata of `schema`; rules between fields are the functions below.
 Every violation is collected, so a user fixes them in one go.
 """
 

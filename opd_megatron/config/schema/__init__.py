@@ -1,0 +1,58 @@
+"""The recipe: every setting of a run, as frozen dataclasses.
+
+A recipe holds choices (numbers and names). It never names a cluster and never holds a secret. Derived
+values (world size, samples per step, micro-batches) are properties, so an override can not leave them stale.
+Rules on single fields live in their metadata (`choices`, `low`, `high`); rules between fields in `rules.py`.
+"""
+
+from opd_megatron.config.schema.learner import BatchConfig, LearnerConfig, OptimizerConfig
+from opd_megatron.config.schema.loss import (
+    SUPERVISED_ESTIMATOR,
+    SUPPORTS,
+    CorrectionConfig,
+    FilterConfig,
+    ObjectiveConfig,
+    TaskConfig,
+    WhiteningConfig,
+)
+from opd_megatron.config.schema.models import (
+    RolloutConfig,
+    ServerConfig,
+    StudentConfig,
+    TeacherConfig,
+)
+from opd_megatron.config.schema.recipe import Recipe
+from opd_megatron.config.schema.running import (
+    CheckpointConfig,
+    ControllerConfig,
+    DataConfig,
+    EvaluationConfig,
+    ObserveConfig,
+    PreflightConfig,
+    WeightSyncConfig,
+)
+
+__all__ = [
+    "SUPERVISED_ESTIMATOR",
+    "SUPPORTS",
+    "BatchConfig",
+    "CheckpointConfig",
+    "ControllerConfig",
+    "CorrectionConfig",
+    "DataConfig",
+    "EvaluationConfig",
+    "FilterConfig",
+    "LearnerConfig",
+    "ObjectiveConfig",
+    "ObserveConfig",
+    "OptimizerConfig",
+    "PreflightConfig",
+    "Recipe",
+    "RolloutConfig",
+    "ServerConfig",
+    "StudentConfig",
+    "TaskConfig",
+    "TeacherConfig",
+    "WeightSyncConfig",
+    "WhiteningConfig",
+]

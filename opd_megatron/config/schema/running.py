@@ -1,0 +1,82 @@
+"""Sections of what happens around the learning: data in, weights out, evaluation, commits, checks, display."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from opd_megatron.config.schema.fields import choice, number
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Prompts. Paths are relative to the recipe file. Rows: `prompt`, optional `answer`, `teacher`, `id`.
+
+    Supervised training also needs the response: in `response`, or as the last message of `prompt`.
+    """
+
+    train: str = ""
+    heldout: str = ""
+    prompt_key: str = "prompt"
+    answer_key: str = "answer"
+    response_key: str = "response"
+    max_prompt_tokens: int = number(1024, 1)
+    max_bad_rows_frac: float = number(0.01, 0.0, 1.0)
+    shuffle: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControllerConfig:
+    """The controller process. `hang_timeout_s`: how long its heartbeat may stand still before the run is ended."""
+
+    hang_timeout_s: float = number(300.0, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightSyncConfig:
+    """How new weights reach the rollout servers, and how it is proven that they did."""
+
+    route: str = choice("disk", "disk")
+    keep_versions: int = number(2, 1)
+    verify_tolerance_nats: float = number(1e-3, 0.0)
+    timeout_s: float = number(300.0, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Held-out evaluation: mean@n accuracy at its own temperature, and the KL to the teacher."""
+
+    grader: str = "exact_match"
+    every: int = number(0, 0)
+    problems: int = number(128, 1)
+    samples_per_problem: int = number(8, 1)
+    temperature: float = number(1.0, 0.0, 10.0)
+    kl_problems: int = number(64, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When commits are made and how many stay.
+
+    `async_save`: training goes on while the files are written, from a copy in host memory (each rank's weights and
+    optimizer state once more).
+    """
+
+    every: int = number(50, 1)
+    keep: int = number(2, 2)
+    async_save: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreflightConfig:
+    """Checks before step one."""
+
+    logprob_tolerance_nats: float = number(1e-3, 0.0)
+    samples: int = number(8, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObserveConfig:
+    """What is shown while the run goes on."""
+
+    show_rollout_every: int = number(20, 0)
+    report_rollouts: int = number(10, 0)
