@@ -61,6 +61,10 @@ format: install ## Apply the formatter and the safe lint fixes
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+.PHONY: golden
+golden: install ## Write tests/golden and the table of docs/recipes.md again; read the diff
+	$(BIN)/python scripts/golden.py
+
 .PHONY: bench-loss
 bench-loss: install ## Measure the loss against the packaged peers; DEVICE=cuda where there is one (ARGS=--quick)
 	@benchmarks/peers.sh

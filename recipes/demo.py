@@ -1,44 +1,12 @@
 """Two-digit addition: a tiny, noisy Qwen3 student learns from a tiny Qwen3 teacher on two CPU cores.
 
 Reproduces, in small, the sampled-token reverse-KL result: a capable but noisy student reaches its teacher.
+Expected: accuracy above 85 % from 32 %, with a teacher of 97 %, in about two minutes (README.md has a measured line).
 """
 
-from opd_megatron.config.schema import (
-    BatchConfig,
-    CheckpointConfig,
-    DataConfig,
-    EvaluationConfig,
-    LearnerConfig,
-    ObserveConfig,
-    OptimizerConfig,
-    Recipe,
-    RolloutConfig,
-    ServerConfig,
-    StudentConfig,
-    TeacherConfig,
-)
-
-_SERVER = ServerConfig(
-    context_length=64, max_total_tokens=16384, dtype="float32", request_timeout_s=60
-)
+from opd_megatron.config.schema import Recipe
+from recipes.families.demo import addition
 
 
 def recipe() -> Recipe:
-    return Recipe(
-        device="cpu",
-        steps=60,
-        student=StudentConfig(path="demo/student"),
-        teachers={"main": TeacherConfig(path="demo/teacher", server=_SERVER)},
-        data=DataConfig(
-            train="demo/train.jsonl", heldout="demo/heldout.jsonl", max_prompt_tokens=12
-        ),
-        rollout=RolloutConfig(max_new_tokens=20, server=_SERVER),
-        optimizer=OptimizerConfig(lr=1e-3),
-        batch=BatchConfig(prompts_per_step=64, rollouts_per_prompt=4, tokens_per_microbatch=4096),
-        learner=LearnerConfig(tensor_parallel=2, precision="fp32"),
-        evaluation=EvaluationConfig(
-            grader="column_addition", every=20, problems=128, kl_problems=32
-        ),
-        checkpoint=CheckpointConfig(every=20),
-        observe=ObserveConfig(show_rollout_every=20),
-    )
+    return addition()

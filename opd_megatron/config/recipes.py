@@ -1,7 +1,11 @@
 """Finding and loading recipes: `recipes/NAME.py` in a source tree, the copy inside an installed wheel, or a path.
 
 A recipe file defines `recipe() -> Recipe` and has a docstring. Relative model and data paths in it are relative to
-the file, so a copied recipe keeps working; those in an override are relative to the current directory.
+the file, or to the project's recipes, so a copied recipe keeps working; those in an override are relative to the
+current directory. What is in neither is looked for as `config/locations.py` says.
+
+Families (`recipes/families/`) hold what several recipes share. A recipe imports them as `recipes.families`, wherever it
+lies: while it is loaded, the package `recipes` is the project's folder.
 """
 
 from __future__ import annotations
@@ -9,9 +13,13 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
-from collections.abc import Sequence
+import sys
+import types
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+from opd_megatron.config.locations import locate
 from opd_megatron.config.overrides import apply_overrides
 from opd_megatron.config.schema import Recipe
 from opd_megatron.errors import ConfigError, did_you_mean
@@ -63,6 +71,25 @@ def locate_recipe(name: str) -> Path:
     return known[name]
 
 
+@contextmanager
+def _families() -> Generator[None]:
+    """Let `import recipes.families.x` find the project's recipes, and leave no trace of it."""
+
+    def ours() -> list[str]:
+        return [name for name in sys.modules if name.split(".")[0] == "recipes"]
+
+    before = {name: sys.modules.pop(name) for name in ours()}
+    package = types.ModuleType("recipes")
+    package.__path__ = [str(folder) for folder in recipe_folders()]
+    sys.modules["recipes"] = package
+    try:
+        yield
+    finally:
+        for name in ours():
+            del sys.modules[name]
+        sys.modules.update(before)
+
+
 def load_recipe(name: str) -> tuple[Recipe, Path]:
     """Load a recipe by name or path; paths inside it come back absolute where they exist beside it.
 
@@ -74,8 +101,9 @@ def load_recipe(name: str) -> tuple[Recipe, Path]:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
-        value = module.recipe()
+        with _families():
+            spec.loader.exec_module(module)
+            value = module.recipe()
     except (ImportError, AttributeError, TypeError, SyntaxError, NameError) as error:
         raise ConfigError(
             f"recipe {path}: {type(error).__name__}: {error}; a recipe file defines "
@@ -88,7 +116,9 @@ def load_recipe(name: str) -> tuple[Recipe, Path]:
         name=path.stem,
         summary=value.summary or (module.__doc__ or "").strip().split("\n")[0],
     )
-    return resolve_paths(value, path.parent), path
+    for folder in (path.parent, *recipe_folders()):
+        value = resolve_paths(value, folder)
+    return value, path
 
 
 def resolve_recipe(name: str, overrides: Sequence[str]) -> tuple[Recipe, Path]:
@@ -102,12 +132,12 @@ def resolve_recipe(name: str, overrides: Sequence[str]) -> tuple[Recipe, Path]:
 
 
 def override_recipe(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
-    """Apply overrides; paths in them are relative to the current directory, `~` is the home directory.
+    """Apply overrides and find models and data; paths are relative to the current directory, `~` is the home directory.
 
     Raises:
         ConfigError: as `apply_overrides`.
     """
-    return resolve_paths(apply_overrides(recipe, overrides), Path.cwd())
+    return locate(resolve_paths(apply_overrides(recipe, overrides), Path.cwd()))
 
 
 def resolve_paths(recipe: Recipe, folder: Path) -> Recipe:

@@ -140,7 +140,7 @@ def _read(path: Path, config: DataConfig, key: str) -> Iterator[tuple[str, Any]]
             key,
             str(path),
             "no such file",
-            "a path in a recipe is relative to the recipe file, one in an override to this directory",
+            "a path in a recipe is relative to it or to a folder of OPD_DATA, one in an override to this directory",
         )
     if path.suffix in (".jsonl", ".ndjson"):
         return _read_jsonl(path)

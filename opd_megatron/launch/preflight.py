@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from opd_megatron.config.locations import how_to_get_model, is_model_name
 from opd_megatron.config.schema import Recipe
 from opd_megatron.data.rows import RowScan, scan_rows
 from opd_megatron.data.tokenizer_files import compare_tokenizers, tokenizer_fingerprint
@@ -43,6 +44,8 @@ def read_model_config(directory: Path, key: str) -> dict[str, Any]:
         ConfigError: no such directory, no weights in it, or an unreadable config.json.
     """
     if not directory.is_dir():
+        if is_model_name(str(directory)):
+            raise ConfigError.of(key, str(directory), *how_to_get_model(str(directory)))
         raise ConfigError.of(
             key,
             str(directory),

@@ -8,7 +8,6 @@ allocated and never written, so they take no memory. WORK/shapes.json: per case,
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -24,6 +23,7 @@ from opd_megatron.config.schema import LearnerConfig
 from opd_megatron.megatron import cpu_shim, hf, parallel
 from opd_megatron.megatron.architecture import Architecture, architecture_of
 from opd_megatron.megatron.hf_names import hf_shapes, units
+from opd_megatron.megatron.known_models import PUBLISHED
 from opd_megatron.megatron.model import build_stage, transformer_config
 from opd_megatron.megatron.safetensors_files import ModelWeights
 
@@ -51,15 +51,6 @@ class EmptyWeights(ModelWeights):
 
     def columns(self, name: str, start: int, stop: int) -> torch.Tensor:
         return torch.empty(self._shapes[name], device="meta")[:, start:stop]
-
-
-def _published() -> dict[str, Any]:
-    path = Path(__file__).parents[1] / "unit" / "megatron" / "published_models.py"
-    spec = importlib.util.spec_from_file_location("published_models", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.PUBLISHED
 
 
 def build(arch: Architecture, learner: LearnerConfig, rank: int) -> dict[str, Any]:
@@ -90,9 +81,9 @@ def build(arch: Architecture, learner: LearnerConfig, rank: int) -> dict[str, An
 def main() -> None:
     torch.set_num_threads(1)
     cpu_shim.install()
-    published, results = _published(), {}
+    results = {}
     for name, layout in CASES.items():
-        arch = architecture_of(published[name][0], name)
+        arch = architecture_of(PUBLISHED[name][0], name)
         learner = LearnerConfig(precision="bf16", **layout)  # pyright: ignore[reportArgumentType]
         # One rank of every pipeline stage: Megatron's order has tensor parallel ranks first.
         stages = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -14,6 +13,7 @@ import pytest
 
 from opd_megatron.megatron.architecture import architecture_of
 from opd_megatron.megatron.hf_names import HEAD, hf_shapes
+from opd_megatron.megatron.known_models import PUBLISHED
 
 pytestmark = pytest.mark.real
 
@@ -23,18 +23,6 @@ BUILT = [
     *("Qwen3-0.6B", "Qwen3-4B", "Qwen3-8B", "Qwen3-32B", "Qwen2.5-7B", "Qwen2.5-32B"),
     *("Llama-3.1-8B", "Llama-3.2-1B"),
 ]
-
-
-def _published() -> dict[str, Any]:
-    path = REPOSITORY / "tests" / "unit" / "megatron" / "published_models.py"
-    spec = importlib.util.spec_from_file_location("published_models", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.PUBLISHED
-
-
-PUBLISHED = _published()
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -19,15 +19,6 @@ def demo() -> Recipe:
     return load_recipe("demo")[0]
 
 
-@pytest.mark.parametrize("name", find_recipes())
-def test_every_recipe_keeps_the_rules_and_finds_its_files(name: str) -> None:
-    recipe, path = load_recipe(name)
-    check(recipe)
-    assert recipe.name == path.stem
-    assert recipe.summary
-    assert Path(recipe.student.path).is_dir()
-
-
 def test_an_override_changes_only_the_leaf_it_names(demo: Recipe) -> None:
     changed = apply_overrides(demo, ["optimizer.lr=3e-4", "teachers.main.server.num_servers=2"])
     assert changed_leaves(demo, changed) == {

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import math
-import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-from published_models import PUBLISHED
 
 from opd_megatron.config.schema import LearnerConfig
 from opd_megatron.errors import ConfigError
 from opd_megatron.megatron.architecture import architecture_of, check_layout
 from opd_megatron.megatron.hf_names import hf_shapes, units
+from opd_megatron.megatron.known_models import PUBLISHED
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

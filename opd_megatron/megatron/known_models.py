@@ -1,12 +1,18 @@
-"""Sizes of published students, from the config.json and the parameter count on each model's Hugging Face page.
+"""Sizes of published models, for what is planned or checked where their files are not.
 
-https://huggingface.co/Qwen, https://huggingface.co/meta-llama. A tied output head is counted once. Only what the
-architecture needs is kept of each config.
+From the config.json, the generation_config.json and the parameter count on each model's Hugging Face page
+(https://huggingface.co/Qwen, https://huggingface.co/meta-llama, https://huggingface.co/open-thoughts). A tied output
+head is counted once. Only what the architecture needs is kept of each config. The files of a model, where they are,
+always win over this table.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
+
+from opd_megatron.errors import ConfigError, did_you_mean
+from opd_megatron.megatron.architecture import Architecture, architecture_of
 
 _QWEN3: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -97,3 +103,60 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
         3_212_749_824,
     ),
 }
+
+_BASE, _CHAT = ("<|endoftext|>",), ("<|endoftext|>", "<|im_end|>")
+
+
+@dataclass(frozen=True)
+class KnownModel:
+    """A released model. `end_tokens`: what ends its responses; empty where that was not looked up."""
+
+    architecture: str
+    context: int
+    end_tokens: tuple[str, ...] = ()
+
+
+def _qwen3() -> dict[str, KnownModel]:
+    found: dict[str, KnownModel] = {}
+    for size in ("0.6B", "1.7B", "4B", "8B", "14B", "32B"):
+        found[f"Qwen/Qwen3-{size}"] = KnownModel(f"Qwen3-{size}", 40960, _CHAT)
+        if size != "32B":  # released without a base model
+            found[f"Qwen/Qwen3-{size}-Base"] = KnownModel(f"Qwen3-{size}", 32768, _BASE)
+    return found
+
+
+# Hugging Face id -> what it is.
+KNOWN_MODELS: dict[str, KnownModel] = {
+    **_qwen3(),
+    "Qwen/Qwen2.5-7B-Instruct": KnownModel("Qwen2.5-7B", 32768, _CHAT),
+    "open-thoughts/OpenThinker3-7B": KnownModel("Qwen2.5-7B", 32768),
+    # A Qwen3-4B-Base after GRPO, teacher of "Rethinking On-Policy Distillation" (arXiv 2604.13016).
+    "lllyx/Qwen3-4B-Base-GRPO": KnownModel("Qwen3-4B", 32768),
+    # What recipes/qwen3_8b_base_sft_... exports; not published by this project.
+    "Qwen3-8B-Base-SFT": KnownModel("Qwen3-8B", 32768, _BASE),
+}
+
+
+def known_model(name: str, key: str) -> KnownModel:
+    """
+    Raises:
+        ConfigError: not in the table; suggests the closest name.
+    """
+    if name not in KNOWN_MODELS:
+        raise ConfigError.of(
+            key,
+            name,
+            f"not on this machine, and not in the table of published models"
+            f"{did_you_mean(name, KNOWN_MODELS)}",
+            "give the directory of the model",
+        )
+    return KNOWN_MODELS[name]
+
+
+def known_architecture(name: str, key: str) -> Architecture:
+    """
+    Raises:
+        ConfigError: as `known_model`.
+    """
+    model = known_model(name, key)
+    return architecture_of(PUBLISHED[model.architecture][0], name)

@@ -1,0 +1,22 @@
+"""Two-digit addition, token filter: only the 30 % of tokens with the largest log-ratio train.
+
+The filter KL 70-100 of "On-Policy Distillation Adventures", in small; percentiles are of the whole step batch.
+It chooses by the token that it trains, which tilts the expected gradient, so it needs `allow_biased`.
+Runs on two CPU cores. Not measured here: its accuracy after 60 steps.
+"""
+
+from opd_megatron.config.overrides import change
+from opd_megatron.config.schema import Recipe
+from recipes.families.demo import addition
+
+
+def recipe() -> Recipe:
+    return change(
+        addition(),
+        {
+            "filter.score": "kl",
+            "filter.low": 70.0,
+            "filter.high": 100.0,
+            "objective.allow_biased": True,
+        },
+    )

@@ -1,0 +1,25 @@
+"""Two-digit addition, two optimizer updates on every step batch, clipped as PPO clips.
+
+Also a warm-up and a cosine schedule, data parallelism instead of tensor parallelism, and saves beside the training.
+Runs on two CPU cores. Not measured here: its accuracy after 60 steps.
+"""
+
+from opd_megatron.config.overrides import change
+from opd_megatron.config.schema import Recipe
+from recipes.families.demo import addition
+
+
+def recipe() -> Recipe:
+    return change(
+        addition(),
+        {
+            "batch.updates_per_step": 2,
+            "optimizer.schedule": "cosine",
+            "optimizer.warmup_steps": 5,
+            "optimizer.min_lr": 0.0001,
+            "learner.tensor_parallel": 1,
+            "learner.data_parallel": 2,
+            "learner.distributed_optimizer": True,
+            "checkpoint.async_save": True,
+        },
+    )

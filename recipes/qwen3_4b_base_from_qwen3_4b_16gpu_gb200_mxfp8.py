@@ -1,0 +1,26 @@
+"""Qwen3-4B-Base learns from Qwen3-4B on 16 GB200 GPUs, learner in MXFP8.
+
+Reproduces: the reference setting.
+The low precision is ours: the source trained in bf16. The output head stays in bf16.
+Source: "On-Policy Distillation Adventures", Table 1 (recipes/families/opd_adventures.py).
+Expected: mean@8 21.4 at its best and 18.4 at the end, best@8 32.4 at the end (from 7.9 and 18.5),
+teacher KL 0.39 to 0.04 nats, with 2,048 responses a step (the site's run_data/vanilla.csv).
+Memory, speed: not run here; `opd estimate` says what the model of docs/planner.md expects.
+"""
+
+from opd_megatron.config.overrides import change
+from opd_megatron.config.schema import Recipe
+from recipes.families.opd_adventures import base_from_instruct
+
+
+def recipe() -> Recipe:
+    return change(
+        base_from_instruct("Qwen/Qwen3-4B-Base", "Qwen/Qwen3-4B"),
+        {
+            "learner.data_parallel": 4,
+            "learner.precision": "fp8",
+            "learner.fp8_recipe": "mxfp8",
+            "rollout.server.num_servers": 8,
+            "teachers.main.server.num_servers": 4,
+        },
+    )
