@@ -74,6 +74,12 @@ bench-loss: install ## Measure the loss against the packaged peers; DEVICE=cuda 
 bench-step: install ## Measure the learner's step against bare Megatron and its memory against the estimate (ARGS=--quick)
 	$(BIN)/python -m benchmarks.step --device $(DEVICE) --write-docs $(ARGS)
 
+.PHONY: bench-planner
+bench-planner: install ## Measure what the planner predicts: whole runs and learner memory on a CPU
+	$(BIN)/python -m benchmarks.planner runs $(ARGS)
+	$(BIN)/python -m benchmarks.planner memory $(ARGS)
+	$(BIN)/python -m benchmarks.planner report --write-docs
+
 .PHONY: install-launch
 install-launch: install ## Add NeMo-Run to .venv (the extra `launch`)
 	@$(BIN)/python -m pip install -q --no-compile --no-deps --require-hashes -r locks/launch-cpu.lock

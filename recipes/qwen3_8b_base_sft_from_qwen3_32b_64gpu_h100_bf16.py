@@ -21,9 +21,9 @@ def recipe() -> Recipe:
             "steps": 150,
             "batch.prompts_per_step": 512,
             "learner.data_parallel": 16,
-            "rollout.server.num_servers": 40,
+            "rollout.server.num_servers": 32,
             "teachers.main.aliases": BASE_ENDS_AS_INSTRUCT,
-            "teachers.main.server.num_servers": 4,
+            "teachers.main.server.num_servers": 8,
             "teachers.main.server.tensor_parallel": 2,
         },
     )

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from opd_megatron.cli import artifacts, objectives, recipes, runs, validate
+from opd_megatron.cli import artifacts, estimate, objectives, recipes, runs, validate
 from opd_megatron.errors import EXIT_CONFIG, OpdError, StorageError
 
 _USAGE_ERROR = 2
@@ -21,6 +21,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("run")(runs.run)
+app.command("estimate")(estimate.estimate)
 app.command("validate")(validate.validate)
 app.add_typer(recipes.app, name="recipes")
 app.command("objectives")(objectives.objectives)

@@ -7,6 +7,7 @@ value, the rule and the fix, with a suggestion for a mistyped key.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from opd_megatron.config.schema import Recipe
 from opd_megatron.errors import ConfigError, did_you_mean
 
 
+@functools.cache
 def _fields(section: type) -> dict[str, Any]:
     return typing.get_type_hints(section)
 

@@ -35,6 +35,8 @@ COMMANDS = [
     ("recipes", "list"),
     ("recipes", "show", "demo"),
     ("validate", "demo"),
+    ("validate", "qwen3_4b_base_from_qwen3_32b_32gpu_h100_bf16", "--offline"),
+    ("estimate", "qwen3_4b_base_from_qwen3_32b_32gpu_h100_bf16"),
     ("objectives",),
     ("objectives", "--json"),
     ("doctor",),

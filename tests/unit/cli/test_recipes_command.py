@@ -56,6 +56,7 @@ def test_show_prints_yaml_with_derived_numbers_as_comments(
     text = opd(capsys, "recipes", "show", BF16, "batch.prompts_per_step=64")
     assert "# 32 GPUs: learner 8, rollout 16, teacher-main 8" in text
     assert "= 256 samples a step" in text
+    assert "# samples of at most 1024 + 8192 tokens, 9216 tokens a micro-batch" in text
     assert yaml.safe_load(text)["batch"]["prompts_per_step"] == 64
 
 

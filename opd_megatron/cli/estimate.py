@@ -1,0 +1,147 @@
+"""`opd estimate`: memory, seconds and GPU-hours of a recipe before anything is started."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Annotated
+
+import typer
+
+from opd_megatron.cli.recipes import Overrides, RecipeName
+from opd_megatron.config.recipe_facts import facts_of
+from opd_megatron.config.recipes import resolve_recipe
+from opd_megatron.config.rules import check
+from opd_megatron.config.schema import Recipe
+from opd_megatron.errors import ConfigError
+from opd_megatron.launch.planner.hardware import DEVICES, device_named
+from opd_megatron.launch.planner.memory import GIB
+from opd_megatron.launch.planner.plan import (
+    DEFAULT_PROMPT_TOKENS,
+    NOT_MODELLED,
+    Plan,
+    make_plan,
+)
+from opd_megatron.launch.planner.stages import Lengths, StepTime
+
+
+def estimate(
+    name: RecipeName,
+    overrides: Overrides = None,
+    hardware: Annotated[
+        str, typer.Option("--hardware", help="h100, h200 or gb200. Default: as the name says.")
+    ] = "",
+    response_tokens: Annotated[
+        int, typer.Option("--response-tokens", min=0, help="Mean length. Default: the limit.")
+    ] = 0,
+    prompt_tokens: Annotated[
+        int, typer.Option("--prompt-tokens", min=0, help="Mean length of a prompt.")
+    ] = 0,
+    prompts: Annotated[
+        int, typer.Option("--prompts", min=0, help="Rows of the prompt file, where it is not here.")
+    ] = 0,
+    share_nodes: Annotated[
+        bool, typer.Option("--share-nodes", help="Roles may share a node in the balanced split.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Memory by role, seconds by stage and the best split of the GPUs, from the model of docs/planner.md.
+
+    Refuses what cannot fit, naming the term.
+    """
+    recipe, _ = resolve_recipe(name, overrides or [])
+    check(recipe)
+    device = device_named(_hardware(recipe, hardware))
+    lengths = _lengths(recipe, prompt_tokens, response_tokens)
+    plan = make_plan(recipe, device, lengths, whole_nodes=not share_nodes)
+    plan = dataclasses.replace(plan, prompts=prompts or plan.prompts)
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(plan), indent=1))
+        return
+    for line in _lines(recipe, plan):
+        typer.echo(line)
+
+
+def _hardware(recipe: Recipe, said: str) -> str:
+    named = said or facts_of(recipe).hardware
+    if named not in DEVICES and not said and recipe.device == "cuda":
+        raise ConfigError.of(
+            "--hardware", "", "the recipe's name does not say it", f"one of {', '.join(DEVICES)}"
+        )
+    return named
+
+
+def _lengths(recipe: Recipe, prompt: int, response: int) -> Lengths:
+    most = recipe.data.max_prompt_tokens
+    return Lengths(
+        prompt or min(most, DEFAULT_PROMPT_TOKENS), response or recipe.rollout.max_new_tokens
+    )
+
+
+def _roles(gpus: dict[str, int]) -> str:
+    return ", ".join(f"{role} {number}" for role, number in gpus.items())
+
+
+def _lines(recipe: Recipe, plan: Plan) -> list[str]:
+    lengths = plan.lengths
+    lines = [
+        f"recipe {recipe.name}: {recipe.summary}",
+        f"{plan.num_gpus} x {plan.device.name}: {_roles(plan.gpus)}",
+        f"a step: {plan.samples} samples of {lengths.prompt} + {lengths.response} tokens; a rollout server "
+        f"runs {plan.time.running} sequences at once",
+        "",
+        f"GiB of a GPU (of {plan.device.memory / GIB:.0f})",
+    ]
+    for role in plan.memory:
+        terms = "  ".join(f"{name} {size / GIB:.1f}" for name, size in role.terms.items())
+        lines.append(f"  {role.role:<14} {role.total / GIB:6.1f}  = {terms}  ({role.note})")
+    lines += ["", *_stage_lines(plan.time, plan), "", *_cost_lines(plan), ""]
+    best = plan.balanced
+    if best.settings and best.time.step < 0.98 * plan.time.step:
+        settings = " ".join(f"{key}={value}" for key, value in best.settings.items())
+        lines.append(f"balanced: {_roles(best.gpus)}: {best.time.step:,.0f} s a step; {settings}")
+    else:
+        lines.append("balanced: no other split of these GPUs is more than 2 % faster")
+    return [*lines, "not modelled:", *(f"  {text}" for text in NOT_MODELLED), _STATED]
+
+
+_STATED = "a model, not a measurement: docs/planner.md has its formulas and its errors"
+
+
+def _stage_lines(time: StepTime, plan: Plan) -> list[str]:
+    rows = [
+        ("rollout", time.rollout, plan.gpus.get("rollout", 0)),
+        ("teacher" if time.overlapped else "teacher, left", _teacher(time), _teacher_gpus(plan)),
+        ("learner", time.learner, plan.gpus["learner"]),
+        ("sync", time.sync, 0),
+        ("evaluation", time.evaluation, 0),
+    ]
+    lines = ["stage           seconds  of the step   tokens/s  a GPU of the role"]
+    for name, seconds, gpus in rows:
+        work = time.teacher if name.startswith("teacher") else seconds
+        rate = plan.tokens / work if work and gpus else 0.0
+        speed = f"{rate:>10,.0f}  {rate / gpus:>10,.0f}" if rate else ""
+        lines.append(f"{name:<14} {seconds:>8,.1f}  {seconds / time.step:>10.1%}  {speed}".rstrip())
+    kind = "the slowest stage, sync" if time.overlapped else "one stage after the other"
+    lines.append(
+        f"{'step':<14} {time.step:>8,.1f}  {kind}; teachers work {time.teacher:,.1f} s in all"
+    )
+    return lines
+
+
+def _teacher(time: StepTime) -> float:
+    return time.teacher if time.overlapped else time.teacher_left
+
+
+def _teacher_gpus(plan: Plan) -> int:
+    return sum(n for role, n in plan.gpus.items() if role.startswith("teacher-"))
+
+
+def _cost_lines(plan: Plan) -> list[str]:
+    lines = [f"GPU-hours: {plan.gpu_hours(plan.steps):,.0f} for {plan.steps} steps"]
+    if plan.prompts:
+        steps = plan.steps_per_epoch
+        lines[0] += f", {plan.gpu_hours(steps):,.0f} for an epoch of {steps:,.0f} steps"
+    else:
+        lines[0] += "; those of an epoch need the prompt file, or --prompts"
+    return lines
