@@ -27,6 +27,8 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
+import psutil
+
 from opd_megatron.errors import EXIT_CONFIG, EXIT_DONE, ConfigError, RoleDied
 from opd_megatron.launch.members import kill_attempt, membership
 from opd_megatron.lifeline import Pulse, adopt_orphans, die_with_parent
@@ -127,10 +129,12 @@ class Supervisor:
         self._running: dict[str, tuple[RoleCommand, subprocess.Popen[bytes]]] = {}
         self._old_handlers: dict[signal.Signals, object] = {}
         self._interruption: signal.Signals | None = None
+        self._foreign: set[int] = set()
 
     def __enter__(self) -> Supervisor:
         if threading.current_thread() is not threading.main_thread():
             raise RuntimeError("a Supervisor works in the main thread only")
+        self._foreign = _children()
         adopt_orphans(True)
         for number in _SIGNALS:
             # Under nohup SIGHUP is ignored, and stays so.
@@ -263,20 +267,16 @@ class Supervisor:
         except subprocess.TimeoutExpired:
             return None
 
-    def _reap_orphans(self) -> bool:
-        """Collect dead descendants whose parents died before them; those started here are left to `Popen`.
-
-        Returns:
-            True when this process has no child left.
-        """
+    def _reap_orphans(self) -> None:
+        """Collect dead descendants whose parents died before them; those started here are left to `Popen`."""
         ours = {process.pid for _, process in self._running.values()}
         while True:
             try:
                 dead = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             except ChildProcessError:
-                return True
+                return
             if dead is None or dead.si_pid in ours:
-                return False
+                return
             os.waitpid(dead.si_pid, os.WNOHANG)
 
     def log_of(self, name: str) -> Path:
@@ -301,8 +301,16 @@ class Supervisor:
         # Adopted processes that were already ending when `kill_attempt` looked: until they are collected their
         # sockets may be open.
         deadline = time.monotonic() + ATTRIBUTION_S
-        while not self._reap_orphans() and time.monotonic() < deadline:
+        while True:
+            self._reap_orphans()
+            if _children() <= self._foreign or time.monotonic() >= deadline:
+                return
             time.sleep(0.02)
+
+
+def _children() -> set[int]:
+    """Ids of this process's children, ended but uncollected ones too."""
+    return {process.pid for process in psutil.Process().children()}
 
 
 def describe_exit(code: int) -> str:
