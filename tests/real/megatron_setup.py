@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import math
 import sys
@@ -114,6 +115,9 @@ def run_worker(what: dict[str, Callable[[Path], dict[str, Any]]]) -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     cpu_shim.install()
+    # Every new layout collects the old one's groups: what was imported need not be searched each time.
+    gc.collect()
+    gc.freeze()
     work, name = Path(sys.argv[1]), sys.argv[2]
     parallel.start_process_group("cpu", WORLD_TIMEOUT_S)
     results = what[name](work)
