@@ -6,6 +6,8 @@ MAKEFLAGS += --no-print-directory
 
 PYTHON ?= python3.11
 JOBS ?= 2
+# More test processes than cores: they wait for each other and for time to pass.
+TEST_JOBS ?= 3
 # Overrides for the recipe, e.g. `make demo ARGS="steps=20 learner.tensor_parallel=1"`.
 ARGS ?=
 
@@ -33,8 +35,8 @@ demo: install ## Run the demo recipe: a tiny student learns from a tiny teacher
 
 .PHONY: test
 test: install ## Run the whole CPU suite
-	$(PYTEST) -m "not real and not gpu and not slow" -n $(JOBS)
-	$(PYTEST) -m "real and not gpu and not slow and not transformer_engine" -n $(JOBS) --dist loadfile --durations=10
+	$(PYTEST) -m "not real and not gpu and not slow" -n $(TEST_JOBS)
+	$(PYTEST) -m "real and not gpu and not slow and not transformer_engine" -n $(TEST_JOBS) --dist loadfile --durations=10
 
 .PHONY: test-slow
 test-slow: install ## Run the tests that take minutes each
@@ -54,7 +56,7 @@ check: install ## Lint, format, types, import layers, unit tests: about a minute
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/pyright
-	$(PYTEST) -m "not real and not gpu and not slow" -n $(JOBS)
+	$(PYTEST) -m "not real and not gpu and not slow" -n $(TEST_JOBS)
 
 .PHONY: format
 format: install ## Apply the formatter and the safe lint fixes

@@ -6,8 +6,9 @@
 A thin start of the unmodified server that adds what SGLang has no flag for:
 
 * keys come from a private file and are set on the parsed arguments, so no argument list shows them;
-* on CPU the import stand-ins are installed, and workers are forked instead of spawned: imports,
-  which are most of a tiny server's start, are then paid once and their memory is shared;
+* on CPU the import stand-ins are installed, of SGLang's models only the one that is served is imported, and
+  workers are forked instead of spawned: imports, which are most of a tiny server's start, are then paid
+  once and their memory is shared;
 * the server dies with its parent (PR_SET_PDEATHSIG; SGLang's own workers do so with this process);
 * a port that is taken ends the process with one clear line, before anything is loaded;
 * the rendezvous store of the workers listens on loopback only (SGLang's own would listen on every
@@ -18,9 +19,12 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import importlib.util
+import json
 import logging
 import multiprocessing
 import os
+import pkgutil
 import signal
 import socket
 import sys
@@ -91,6 +95,19 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     return parsed
 
 
+def import_only(model_path: Path) -> None:
+    """Tell SGLang to import the module of one model instead of all of them.
+
+    Its modules are named by `model_type` of `config.json`; of a model for which there is none, nothing is left out.
+    """
+    spec = importlib.util.find_spec("sglang")
+    folder = Path(spec.origin or "").parent / "srt" / "models" if spec else Path()
+    names = {module.name for module in pkgutil.iter_modules([str(folder)])}
+    wanted = json.loads((model_path / "config.json").read_text()).get("model_type")
+    if wanted in names:
+        os.environ["SGLANG_DISABLED_MODEL_ARCHS"] = ",".join(sorted(names - {wanted}))
+
+
 def prepare_cpu() -> None:
     """Install the import stand-ins and make SGLang fork its workers.
 
@@ -102,7 +119,7 @@ def prepare_cpu() -> None:
     install()
     multiprocessing.set_start_method("fork", force=True)
     multiprocessing.set_start_method = lambda method, force=False: None
-    # One warning for each of a dozen architectures that need the absent kernels.
+    # One warning for each architecture that needs the absent kernels.
     logging.getLogger("sglang.srt.models.registry").setLevel(logging.ERROR)
 
 
@@ -112,6 +129,7 @@ def main(argv: Sequence[str]) -> None:
     keys = read_keys(parsed.keys_file)
     check_port_is_free(parsed.host, parsed.port)
     if parsed.device == "cpu":
+        import_only(Path(parsed.sglang[parsed.sglang.index("--model-path") + 1]))
         prepare_cpu()
     store = start_loopback_store()
 

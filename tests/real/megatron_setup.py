@@ -25,6 +25,7 @@ from opd_megatron.megatron.state import LearnerState, build_state
 from opd_megatron.megatron.step import StepResult, train
 
 WORLD_TIMEOUT_S = 120.0
+_layouts: list[parallel.Layout] = []  # those whose groups were built; the last one's are there
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,11 @@ def recipe_for(
 
 
 def new_state(recipe: Recipe, case: Case | None = None) -> LearnerState:
-    """Groups and model of a layout, replacing those of the previous case."""
+    """Model of a layout, on new groups unless the previous case had the same layout."""
     layout = parallel.layout_of(recipe.learner)
-    parallel.start_model_parallel(layout, recipe.seed, WORLD_TIMEOUT_S)
+    if _layouts[-1:] != [layout]:
+        parallel.start_model_parallel(layout, recipe.seed, WORLD_TIMEOUT_S)
+        _layouts.append(layout)
     state = build_state(recipe)
     if case is not None:
         settings = dataclasses.asdict(layout) | {"alignment": case.alignment}
@@ -111,17 +114,19 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def run_worker(what: dict[str, Callable[[Path], dict[str, Any]]]) -> None:
-    """Join the world, do what the command line names, write WORK/<name>.json on rank 0."""
+    """Join the world, do what the command line names, write WORK/<name>.json for each name on rank 0."""
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     cpu_shim.install()
     # Every new layout collects the old one's groups: what was imported need not be searched each time.
     gc.collect()
     gc.freeze()
-    work, name = Path(sys.argv[1]), sys.argv[2]
+    work, names = Path(sys.argv[1]), sys.argv[2:]
     parallel.start_process_group("cpu", WORLD_TIMEOUT_S)
-    results = what[name](work)
-    if dist.get_rank() == 0:
-        (work / f"{name}.json").write_text(json.dumps(results, indent=1))
+    for name in names:
+        folder = new_directory(work / name)
+        results = what[name](folder)
+        if dist.get_rank() == 0:
+            (work / f"{name}.json").write_text(json.dumps(results, indent=1))
     dist.barrier()
     dist.destroy_process_group()

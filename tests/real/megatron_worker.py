@@ -1,6 +1,6 @@
 """Runs under torchrun: many layouts in one launch.
 
-    torchrun --nproc-per-node 2 megatron_worker.py WORK_DIRECTORY layouts|moves|broken
+    torchrun --nproc-per-node 2 megatron_worker.py WORK_DIRECTORY [layouts] [moves] [broken]
 
 Rank 0 holds the reference and writes WORK_DIRECTORY/<what>.json: per case the differences, judged by the tests.
 """

@@ -41,11 +41,11 @@ def _load_cases() -> Any:
 cases = _load_cases()
 
 
-def _run(work: Path, ranks: int, what: str, timeout_s: float = 850) -> Results:
+def _run(work: Path, ranks: int, *what: str, timeout_s: float = 850) -> dict[str, Results]:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     worker = str(HERE / "megatron_worker.py")
     run = subprocess.run(
-        [*launch, "--nproc-per-node", str(ranks), worker, str(work), what],
+        [*launch, "--nproc-per-node", str(ranks), worker, str(work), *what],
         cwd=REPOSITORY,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
@@ -53,7 +53,7 @@ def _run(work: Path, ranks: int, what: str, timeout_s: float = 850) -> Results:
         timeout=timeout_s,
     )
     assert run.returncode == 0, run.stderr[-4000:]
-    return json.loads((work / f"{what}.json").read_text())
+    return {name: json.loads((work / f"{name}.json").read_text()) for name in what}
 
 
 def _check(case: dict[str, Any]) -> None:
@@ -64,8 +64,14 @@ def _check(case: dict[str, Any]) -> None:
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return _run(tmp_path_factory.mktemp("layouts2"), 2, "layouts")
+def launch(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Results]:
+    """All that two ranks show, in one launch."""
+    return _run(tmp_path_factory.mktemp("two_ranks"), 2, "layouts", "moves", "broken")
+
+
+@pytest.fixture(scope="module")
+def two_ranks(launch: dict[str, Results]) -> Results:
+    return launch["layouts"]
 
 
 @pytest.mark.parametrize("layout", cases.CASES[2])
@@ -78,7 +84,7 @@ def test_layout_gives_the_loss_gradient_and_weights_of_one_process(
 
 @pytest.fixture(scope="module")
 def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return _run(tmp_path_factory.mktemp("layouts4"), 4, "layouts")
+    return _run(tmp_path_factory.mktemp("layouts4"), 4, "layouts")["layouts"]
 
 
 @pytest.mark.slow
@@ -101,8 +107,8 @@ def test_there_are_at_least_24_layouts_and_every_kind_of_parallelism_is_among_th
 
 
 @pytest.fixture(scope="module")
-def moves(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return _run(tmp_path_factory.mktemp("moves"), 2, "moves")
+def moves(launch: dict[str, Results]) -> Results:
+    return launch["moves"]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -125,8 +131,8 @@ def test_a_checkpoint_that_went_through_another_layout_lost_nothing(
 
 
 @pytest.fixture(scope="module")
-def broken(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return _run(tmp_path_factory.mktemp("broken"), 2, "broken")
+def broken(launch: dict[str, Results]) -> Results:
+    return launch["broken"]
 
 
 @pytest.mark.parametrize("layout", cases.BROKEN)

@@ -169,12 +169,8 @@ def test_a_damaged_run_directory_ends_the_run_with_the_reason(
         return output.read_text()
 
     good = run.run_yaml.read_text()
-    run.run_yaml.write_text(good.replace("prompts_per_step: 4", "prompts_per_step: four"))
-    assert "batch.prompts_per_step" in refused("type")
     run.run_yaml.write_text(good.replace("lr: 0.001", "lr: 0.002"))
     assert "optimizer.lr: 0.001 -> 0.002" in refused("value")
-    run.run_yaml.write_text(good + "\n  : {")
-    assert "run.yaml" in refused("syntax")
     run.run_yaml.write_text(good)
     for commit in run.checkpoints.glob("step_*"):
         next((commit / "model").glob("*.distcp")).unlink()

@@ -10,6 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.real  # Triton itself, in a process of its own
+
 ROOT = Path(__file__).parents[3]
 
 

@@ -24,6 +24,8 @@ from opd_megatron.losses.token_stats import token_stats
 from opd_megatron.losses.vocab_topk import vocab_topk
 from opd_megatron.losses.whitening import whiten
 
+pytestmark = pytest.mark.real  # ranks of their own, on gloo
+
 ROOT = Path(__file__).parents[3]
 
 
