@@ -114,7 +114,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def run_worker(what: dict[str, Callable[[Path], dict[str, Any]]]) -> None:
-    """Join the world, do what the command line names, write WORK/<name>.json for each name on rank 0."""
+    """Join the world, do what the command line names, write WORK/<name>.json for each on rank 0."""
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     cpu_shim.install()
@@ -124,7 +124,7 @@ def run_worker(what: dict[str, Callable[[Path], dict[str, Any]]]) -> None:
     work, names = Path(sys.argv[1]), sys.argv[2:]
     parallel.start_process_group("cpu", WORLD_TIMEOUT_S)
     for name in names:
-        folder = new_directory(work / name)
+        folder = new_directory(work / name) if len(names) > 1 else work
         results = what[name](folder)
         if dist.get_rank() == 0:
             (work / f"{name}.json").write_text(json.dumps(results, indent=1))
