@@ -116,6 +116,11 @@ def _learner(recipe: Recipe) -> Iterator[str]:
             f"learner.virtual_pipeline={learner.virtual_pipeline}: needs learner.pipeline_parallel > 1; "
             f"set learner.virtual_pipeline=1"
         )
+    if learner.overlap_param_gather and not learner.distributed_optimizer:
+        yield (
+            "learner.overlap_param_gather=True: without the distributed optimizer every rank updates all of its "
+            "parameters; set learner.distributed_optimizer=true or learner.overlap_param_gather=false"
+        )
     if recipe.batch.samples_per_step < learner.data_parallel:
         yield (
             f"learner.data_parallel={learner.data_parallel}: more ranks than the "

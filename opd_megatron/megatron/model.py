@@ -206,12 +206,35 @@ def build_stage(
 def wrap_data_parallel(
     modules: Sequence[GPTModel], config: TransformerConfig, learner: LearnerConfig
 ) -> list[DistributedDataParallel]:
-    """Gradient buffers in float32, reduced over data- and context-parallel ranks."""
+    """Gradient buffers in float32, reduced over data- and context-parallel ranks.
+
+    With `overlap_param_gather` parameters are whole only where a forward pass waited for them:
+    call `gather_parameters` before anything else reads them.
+    """
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=learner.distributed_optimizer,
         # Bad values are looked for once per step, on all ranks together.
         check_for_nan_in_grad=False,
+        overlap_param_gather=learner.overlap_param_gather,
+        # Megatron cuts the buffers into buckets only when gradients overlap too.
+        overlap_grad_reduce=learner.overlap_param_gather,
     )
     config.finalize_model_grads_func = finalize_model_grads
-    return [DistributedDataParallel(config, ddp_config, module) for module in modules]
+    models = [DistributedDataParallel(config, ddp_config, module) for module in modules]
+    if learner.overlap_param_gather:
+        # Gradients are reduced after the last micro-batch, not after each.
+        until_last: Any = [model.no_sync for model in models]
+        config.no_sync_func = until_last if len(models) > 1 else until_last[0]
+    return models
+
+
+def gather_parameters(models: Sequence[DistributedDataParallel]) -> None:
+    """Make the parameters of every data-parallel rank whole after an optimizer step whose gather overlaps.
+
+    Collective. The forward pass gathers on its own only after `zero_grad_buffer`, so without this a
+    published, scored or saved model would be the old one but for this rank's shard.
+    """
+    for model in models:
+        if model.ddp_config.overlap_param_gather:
+            model.start_param_sync(force_sync=True)

@@ -35,6 +35,7 @@ def build_optimizer(
             bf16=DTYPES[learner.precision] is torch.bfloat16,
             params_dtype=DTYPES[learner.precision],
             use_distributed_optimizer=learner.distributed_optimizer,
+            overlap_param_gather=learner.overlap_param_gather,
         ),
         list(models),
     )

@@ -37,6 +37,7 @@ from opd_megatron.megatron.forward import (
     run_micro_batches,
 )
 from opd_megatron.megatron.micro_loss import SCORE_NAMES, MicroLoss, MicroScore, value_names
+from opd_megatron.megatron.model import gather_parameters
 from opd_megatron.megatron.optimizer import apply_gradients, gradient_norm
 from opd_megatron.megatron.state import LearnerState
 from opd_megatron.megatron.teacher_pass import KeptTeachers, score_in_process
@@ -205,6 +206,7 @@ def _updates(
         elif "train/clipped_frac" in seen:  # the first update clips nothing
             metrics["train/clipped_frac"] = seen["train/clipped_frac"]
     if updates:
+        gather_parameters(state.models)
         assert state.scheduler is not None
         state.scheduler.step(1)
         state.optimizer_step += 1

@@ -55,6 +55,7 @@ def _case(
         "cp": "context_parallel",
         "sp": "sequence_parallel",
         "do": "distributed_optimizer",
+        "overlap": "overlap_param_gather",
     }
     learner = {names.get(key, key): value for key, value in keys.items()}
     return Case(learner, tied, tokens, padded, aligned)
@@ -65,6 +66,7 @@ CASES = {
         "dp2": _case(),
         "dp2_tied_one_micro_batch": _case(tied=True, tokens=256),
         "dp2_distributed_optimizer": _case(do=True),
+        "dp2_overlapped_gather": _case(do=True, overlap=True),
         "dp2_padded_tied": _case(tied=True, padded=32),
         "tp2": _case(tp=2),
         "tp2_tied_distributed_optimizer": _case(tp=2, do=True, tied=True),
@@ -101,6 +103,7 @@ CASES = {
         "pp2_cp2_interleaved_recompute": _case(pp=2, vpp=2, cp=2, recompute=True),
         "pp2_dp2_tied_distributed_optimizer": _case(pp=2, do=True, tied=True),
         "pp2_dp2_interleaved_distributed_optimizer": _case(pp=2, vpp=2, do=True),
+        "pp2_dp2_interleaved_overlapped_gather": _case(pp=2, vpp=2, do=True, overlap=True),
         "cp2_dp2_distributed_optimizer": _case(cp=2, do=True),
         "cp4_tied": _case(cp=4, tied=True),
         "pp4": _case(pp=4),

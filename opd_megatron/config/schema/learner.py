@@ -51,6 +51,8 @@ class LearnerConfig:
     data_parallel: int = number(1, 1)
     sequence_parallel: bool = False
     distributed_optimizer: bool = False
+    # Gather updated parameters while the next forward pass runs, reduce gradients while the backward pass does.
+    overlap_param_gather: bool = False
     recompute: bool = False
     # How the loss meets the vocabulary (megatron/output_head.py), and what computes its rows.
     loss_mode: str = choice("in_place", "stored", "in_place", "chunked", "recompute")

@@ -67,6 +67,7 @@ def test_a_mistyped_override_is_explained(demo: Recipe, override: str, words: li
         (["rollout.top_p=0.9"], "untruncated distribution"),
         (["checkpoint.keep=1"], "must be at least 2"),
         (["teachers.main.path=''"], "teachers.main.path=''"),
+        (["learner.overlap_param_gather=true"], "set learner.distributed_optimizer=true or"),
     ],
 )
 def test_a_broken_rule_is_named_with_its_fix(demo: Recipe, overrides: list[str], word: str) -> None:
