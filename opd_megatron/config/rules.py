@@ -216,10 +216,29 @@ def _supervised(recipe: Recipe) -> Iterator[str]:
         )
 
 
+def _weight_sync(recipe: Recipe) -> Iterator[str]:
+    sync, limit = recipe.weight_sync, recipe.learner.step_timeout_s
+    if sync.route == "broadcast" and 2 * sync.timeout_s > limit:
+        yield (
+            f"weight_sync.timeout_s={sync.timeout_s:g}: the learner's ranks wait for rank 0 while it waits for the "
+            f"servers, within learner.step_timeout_s={limit:g}; lower it to {limit / 2:g} or raise the other"
+        )
+
+
 def problems(recipe: Recipe) -> list[str]:
     """Every violated rule, as one line each: key, value seen, rule, fix."""
     found = list(_field_problems(recipe, ""))
-    for rule in (_required, _lengths, _learner, _precision, _schedule, _objective, _supervised):
+    rules = (
+        _required,
+        _lengths,
+        _learner,
+        _precision,
+        _schedule,
+        _objective,
+        _supervised,
+        _weight_sync,
+    )
+    for rule in rules:
         found.extend(rule(recipe))
     return found
 

@@ -139,7 +139,7 @@ async def _train(
         await asyncio.gather(
             wait_for_servers(recipe, roles, console), wait_for_learner(recipe, roles, console)
         )
-        publisher = Publisher(recipe, run, roles)
+        publisher = Publisher(recipe, run, roles, console)
         source, path = ("commit", newest.model) if newest else ("hf", Path(recipe.student.path))
         loaded = await roles.learner.ask("load", source=source, path=str(path))
         if newest is not None:

@@ -5,6 +5,8 @@ score        log-probs and entropies of a batch, written to a file
 compare      both KLs between the student and the teachers inside the learner, written to a file
 train        one optimizer step on a batch; per-token values written to a file
 publish      a Hugging Face directory of the weights, and probe log-probs
+offer        which buckets the weights make, and probe log-probs; then, with the rollout servers,
+             open_group, join_group, send, close_group: see broadcast.py
 save         a checkpoint into an empty directory
 begin_save   the same in the background: answered when the state was copied
 finish_save  complete it; `files` is null while some rank still writes, then ask again
@@ -33,6 +35,13 @@ from opd_megatron.exchange.batch_file import (
 )
 from opd_megatron.losses.settings import LossSettings
 from opd_megatron.megatron import checkpoint
+from opd_megatron.megatron.broadcast import (
+    close_group,
+    describe_buckets,
+    join_group,
+    open_group,
+    send_weights,
+)
 from opd_megatron.megatron.compare import compare
 from opd_megatron.megatron.publish import publish
 from opd_megatron.megatron.state import LearnerState
@@ -149,6 +158,13 @@ def publish_weights(state: LearnerState, command: Command) -> Result:
     return {"bytes": size, "tensors": tensors, "probe_logprobs": probe_logprobs}
 
 
+def offer_weights(state: LearnerState, command: Command) -> Result:
+    state.require_loaded()
+    probe_logprobs = _probe_logprobs(state, command["probe_tokens"])
+    described = describe_buckets(state, command["bucket_bytes"])
+    return {**described, "probe_logprobs": probe_logprobs}
+
+
 def save_checkpoint(state: LearnerState, command: Command) -> Result:
     return {"files": checkpoint.save(state, Path(command["directory"]))}
 
@@ -168,6 +184,11 @@ COMMANDS: dict[str, Callable[[LearnerState, Command], Result]] = {
     "compare": compare_batch,
     "train": train_batch,
     "publish": publish_weights,
+    "offer": offer_weights,
+    "open_group": open_group,
+    "join_group": join_group,
+    "send": send_weights,
+    "close_group": close_group,
     "save": save_checkpoint,
     "begin_save": begin_save,
     "finish_save": finish_save,

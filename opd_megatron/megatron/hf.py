@@ -160,9 +160,14 @@ def _gather_unit(
 
 @torch.no_grad()
 def stream(
-    modules: Sequence[GPTModel], arch: Architecture, groups: Groups, value: str = "weight"
+    modules: Sequence[GPTModel],
+    arch: Architecture,
+    groups: Groups,
+    value: str = "weight",
+    *,
+    to_cpu: bool = True,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (name, CPU tensor) of the whole model on global rank 0, in the order of `hf_shapes`.
+    """Yield (name, tensor) of the whole model on global rank 0, in the order of `hf_shapes`.
 
     Collective over data-parallel replica 0: its other ranks must exhaust the iterator too, which
     yields nothing there. Ranks of other replicas return at once. A yielded tensor may alias the
@@ -171,6 +176,7 @@ def stream(
     Args:
         value: "weight", or "gradient" for the reduced gradients (not with the distributed
             optimizer, which keeps a shard of them).
+        to_cpu: bring every tensor to the CPU first.
     """
     if groups.dp_cp.rank() != 0:
         return
@@ -199,4 +205,4 @@ def stream(
                 dist.recv(tensor, src=dist.get_global_rank(groups.pp, owner), group=groups.pp)
         assert tensors is not None
         for name, tensor in zip(unit.hf, tensors, strict=True):
-            yield name, tensor.detach().cpu()
+            yield name, tensor.detach().cpu() if to_cpu else tensor.detach()

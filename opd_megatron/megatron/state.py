@@ -24,6 +24,7 @@ from opd_megatron.megatron.optimizer import build_optimizer, build_scheduler
 from opd_megatron.megatron.output_head import OutputHead, make_output_head
 from opd_megatron.megatron.parallel import Groups, Layout, current_groups, layout_of
 from opd_megatron.megatron.schedule import LearningRateSchedule
+from opd_megatron.megatron.server_group import ServerGroup
 from opd_megatron.megatron.teacher_model import InProcessTeacher, build_teacher
 
 
@@ -46,6 +47,7 @@ class LearnerState:
     scheduler: LearningRateSchedule | None = None
     optimizer_step: int = 0
     saving: PlannedSave | None = None  # begun in the background and not finished
+    server_group: ServerGroup | None = None  # on rank 0, while weights are broadcast
 
     @property
     def device(self) -> torch.device:

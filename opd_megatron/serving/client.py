@@ -2,7 +2,7 @@
 
     generate             POST /generate                  a group of prompts in one call
     score                POST /generate, 0 new tokens    prefill only, once per sequence
-    update_weights...    POST /update_weights_from_disk  admin key
+    weights              what an update needs, in weight_admin.py; admin key
     weight_checksums     POST /weights_checker           admin key
     flush_cache, abort_all                               admin key
     wait_ready           GET /ready, then /model_info with the key
@@ -19,7 +19,6 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,7 +34,9 @@ from opd_megatron.serving.contract import (
 from opd_megatron.serving.fields import broken, parse_version
 from opd_megatron.serving.keys import ServerKeys
 from opd_megatron.serving.transport import HttpTransport
+from opd_megatron.serving.weight_admin import STALE_LABEL, WeightAdmin
 
+NO_VERSION = -1
 _READY_POLL_S = 0.2
 _READY_TIMEOUT_S = 30.0
 
@@ -68,7 +69,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class ModelAnswer:
-    """What a server says about the model it serves."""
+    """What a server says about the model it serves. `weight_version`: NO_VERSION in the middle of an update."""
 
     model_path: str
     weight_version: int
@@ -84,6 +85,9 @@ class SglangClient:
         vocab_size: ids must be below this.
         timeout_s: budget of one call, its tries and waits included.
         max_retries: further tries after a failed connection or 5xx.
+
+    Attributes:
+        weights: the routes of a weight update.
     """
 
     def __init__(
@@ -100,6 +104,7 @@ class SglangClient:
         self.vocab_size = vocab_size
         self._keys = keys
         self._http = HttpTransport(name, url, timeout_s=timeout_s, max_retries=max_retries)
+        self.weights = WeightAdmin(self._http, keys.admin)
 
     @property
     def url(self) -> str:
@@ -150,7 +155,8 @@ class SglangClient:
         answer = await self._call("GET", "/model_info", self._keys.api, None)
         if not isinstance(answer, dict) or not isinstance(answer.get("model_path"), str):
             raise self._http.error("/model_info", f"not an SGLang server: {str(answer)[:200]}")
-        version = parse_version("weight_version", answer.get("weight_version"))
+        label = answer.get("weight_version")
+        version = NO_VERSION if label == STALE_LABEL else parse_version("weight_version", label)
         return ModelAnswer(answer["model_path"], version)
 
     async def generate(
@@ -222,22 +228,6 @@ class SglangClient:
             for position, score in zip(sent, await self._score(chosen, topk), strict=True):
                 scores[position] = score
         return scores
-
-    async def update_weights_from_disk(self, directory: Path, version: int) -> None:
-        """Load a Hugging Face directory in place of the present weights and drop cached prefixes.
-
-        Raises:
-            ServerError: refused; the server keeps its old weights.
-        """
-        route = "/update_weights_from_disk"
-        body = {
-            "model_path": str(directory),
-            "weight_version": str(version),
-            "flush_cache": True,
-        }
-        answer = await self._call("POST", route, self._keys.admin, body)
-        if not isinstance(answer, dict) or answer.get("success") is not True:
-            raise self._http.error(route, f"not confirmed: {str(answer)[:200]}")
 
     async def weight_checksums(self) -> dict[str, str]:
         """Checksums of the server's own (fused) tensors, keyed `rank/name`.

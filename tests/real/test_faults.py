@@ -32,7 +32,8 @@ from opd_megatron.rundir import RunDir
 from opd_megatron.serving.client import Sampling, SglangClient
 from opd_megatron.serving.members import State
 from opd_megatron.serving.pool import ServerPool
-from opd_megatron.weight_sync.disk import push_weights
+from opd_megatron.weight_sync.route import Offer
+from opd_megatron.weight_sync.verify import verify_weights
 
 pytestmark = pytest.mark.real
 
@@ -121,12 +122,13 @@ async def open_pool(two: Two, urls: list[str], stack: AsyncExitStack, **options:
         for number, url in enumerate(urls)
     ]
     pool = ServerPool("rollout", clients, return_timeout_s=120.0, say=lambda line: None)
-    wanted = probe_logprobs(two.model, PROBES)
+    offer = Offer(VERSION, PROBES, probe_logprobs(two.model, PROBES))
 
     async def bring_up(client: SglangClient) -> int:
         server = two.servers[int(client.name[-1])]
         async with SglangClient("direct", server.url, server.keys, vocab_size=VOCAB) as direct:
-            await push_weights([direct], two.model, VERSION, PROBES, wanted, tolerance_nats=1e-4)
+            await direct.weights.load_directory(two.model, VERSION, 60.0)
+            await verify_weights(direct, offer, tolerance_nats=1e-4)
         return VERSION
 
     pool.bring_up = bring_up

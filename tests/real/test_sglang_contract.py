@@ -6,6 +6,7 @@ Tests run in file order: they change the server's weights, and the last one kill
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import os
 import socket
@@ -31,13 +32,14 @@ from tiny_servers import (
     running,
 )
 
-from opd_megatron.errors import EXIT_RETRY, ContractError, NumericsError, ServerError
+from opd_megatron.errors import EXIT_RETRY, ContractError, ServerError
 from opd_megatron.serving.client import Sampling, SglangClient
 from opd_megatron.serving.keys import ServerKeys, new_keys
 from opd_megatron.serving.pool import ServerPool
 from opd_megatron.teacher.scoring import score_rollouts
 from opd_megatron.types import Rollout
-from opd_megatron.weight_sync.disk import push_weights, verify_weights
+from opd_megatron.weight_sync.route import Offer
+from opd_megatron.weight_sync.verify import verify_weights
 
 pytestmark = pytest.mark.real
 
@@ -221,7 +223,7 @@ def test_a_wrong_key_is_refused_and_the_normal_key_does_not_open_admin_routes(
             call(server, work, keys=strangers)
     normal_only = ServerKeys(server.keys.api, server.keys.api + "x")
     for work in (
-        lambda client: client.update_weights_from_disk(server.models["second"], 8),
+        lambda client: client.weights.load_directory(server.models["second"], 8, 60.0),
         lambda client: client.flush_cache(),
         lambda client: client.abort_all(),
         lambda client: client.weight_checksums(),
@@ -237,56 +239,36 @@ def test_a_request_that_cannot_fit_is_refused_without_a_retry(server: Fixture) -
         call(server, lambda client: client.generate([(3,)], sampling, ["long"]))
 
 
-def test_an_update_from_disk_changes_scores_and_version(server: Fixture) -> None:
+def test_a_loaded_directory_changes_scores_and_version(server: Fixture) -> None:
     probes = (PROMPTS[0] + (11, 12, 13), PROMPTS[1] + (14, 15))
-    wanted = probe_logprobs(server.models["second"], probes)
+    offer = Offer(8, probes, probe_logprobs(server.models["second"], probes))
 
-    async def push(client: SglangClient) -> Any:
+    async def load(client: SglangClient) -> float:
         await client.score([(PROMPTS[0], (11, 12))])  # leaves the old model's prefix in the cache
         before = await client.weight_checksums()
-        report = await push_weights(
-            [client], server.models["second"], 8, probes, wanted, tolerance_nats=TOLERANCE_NATS
-        )
+        await client.weights.load_directory(server.models["second"], 8, 60.0)
         assert await client.weight_checksums() != before
-        return report
+        return await verify_weights(client, offer, tolerance_nats=TOLERANCE_NATS)
 
-    report = call(server, push)
-    assert report.version == 8
-    assert report.max_delta < TOLERANCE_NATS
+    assert call(server, load) < TOLERANCE_NATS
     sampling = Sampling(temperature=1.0, max_new_tokens=4)
     (generation,) = call(server, lambda client: client.generate([(3, 4)], sampling, ["after"]))
     assert (generation.version_first, generation.version_last) == (8, 8)
 
 
-def test_an_update_that_changed_nothing_is_caught(server: Fixture) -> None:
-    probes = (PROMPTS[0] + (11, 12, 13),)
-    wanted = probe_logprobs(server.models["first"], probes)
-
-    async def lie(client: SglangClient) -> None:
-        # The directory holds the old weights; the learner's log-probs are of the new ones.
-        await push_weights(
-            [client], server.models["second"], 9, probes, wanted, tolerance_nats=1e-3
-        )
-
-    with pytest.raises(
-        NumericsError, match=r"0 of 1 servers: rollout-0: does not hold .* version 9"
-    ):
-        call(server, lie)
-
-
 def test_a_missing_directory_is_refused_and_the_old_weights_stay(server: Fixture) -> None:
     probes = (PROMPTS[0] + (11, 12, 13),)
-    wanted = probe_logprobs(server.models["second"], probes)
+    held = Offer(8, probes, probe_logprobs(server.models["second"], probes))
     absent = server.models["second"].with_name("absent")
 
-    async def push(client: SglangClient) -> None:
+    async def load(client: SglangClient) -> None:
         with pytest.raises(ServerError, match="status 400"):
-            await push_weights([client], absent, 10, probes, wanted, tolerance_nats=1e-3)
-        assert await verify_weights(client, 9, probes, wanted, tolerance_nats=1e-3) < TOLERANCE_NATS
-        with pytest.raises(ServerError, match="reports weight version 9, not 10"):
-            await verify_weights(client, 10, probes, wanted, tolerance_nats=1e-3)
+            await client.weights.load_directory(absent, 10, 60.0)
+        assert await verify_weights(client, held, tolerance_nats=1e-3) < TOLERANCE_NATS
+        with pytest.raises(ServerError, match="reports weight version 8, not 10"):
+            await verify_weights(client, dataclasses.replace(held, version=10), tolerance_nats=1e-3)
 
-    call(server, push)
+    call(server, load)
 
 
 def test_a_server_that_is_full_gets_fewer_requests_at_once_and_answers_all(server: Fixture) -> None:

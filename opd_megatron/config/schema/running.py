@@ -33,10 +33,15 @@ class ControllerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class WeightSyncConfig:
-    """How new weights reach the rollout servers, and how it is proven that they did."""
+    """How new weights reach the rollout servers, and how it is proven that they did.
 
-    route: str = choice("disk", "disk")
+    `disk`: a directory that the servers load; its newest `keep_versions` stay. `broadcast`: a process group of the
+    learner's rank 0 and every server, in buckets of `bucket_mib`. `timeout_s`: for each server's part of an update.
+    """
+
+    route: str = choice("disk", "disk", "broadcast")
     keep_versions: int = number(2, 1)
+    bucket_mib: int = number(512, 1)
     verify_tolerance_nats: float = number(1e-3, 0.0)
     timeout_s: float = number(300.0, 1)
 

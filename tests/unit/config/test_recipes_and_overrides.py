@@ -68,6 +68,8 @@ def test_a_mistyped_override_is_explained(demo: Recipe, override: str, words: li
         (["checkpoint.keep=1"], "must be at least 2"),
         (["teachers.main.path=''"], "teachers.main.path=''"),
         (["learner.overlap_param_gather=true"], "set learner.distributed_optimizer=true or"),
+        (["weight_sync.route=disc"], "did you mean 'disk'"),
+        (["weight_sync.route=broadcast", "weight_sync.timeout_s=901"], "lower it to 900 or raise"),
     ],
 )
 def test_a_broken_rule_is_named_with_its_fix(demo: Recipe, overrides: list[str], word: str) -> None:
