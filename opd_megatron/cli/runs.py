@@ -88,6 +88,15 @@ def _recipe_or_run(
         if model is not None:
             overrides = [*overrides, f"student.path={model.resolve()}"]
         return *resolve_recipe(name, overrides), overrides
+    started = read_run_yaml(run.run_yaml)
+    if model is None and started.weight_sync.route == "broadcast":
+        # Whatever lies in weights/ is of an attempt before this one.
+        raise ConfigError.of(
+            "weight_sync.route",
+            "broadcast",
+            f"{name} leaves no directory of its newest weights",
+            f"opd export {name} --out DIR, then opd eval {name} --model DIR",
+        )
     published = run.published()
     if model is None and not published:
         raise ConfigError.of(
@@ -97,7 +106,7 @@ def _recipe_or_run(
             "wait for its first step",
         )
     overrides = [*overrides, f"student.path={(model or published[-1]).resolve()}"]
-    return override_recipe(read_run_yaml(run.run_yaml), overrides), run.run_yaml, overrides
+    return override_recipe(started, overrides), run.run_yaml, overrides
 
 
 def evaluate(

@@ -10,7 +10,6 @@ from opd_megatron.errors import ServerError
 from opd_megatron.observe.console import RunConsole
 from opd_megatron.rundir import RunDir
 from opd_megatron.serving.client import SglangClient
-from opd_megatron.serving.command import LOOPBACK
 from opd_megatron.weight_sync.broadcast import BroadcastRoute
 from opd_megatron.weight_sync.disk import DiskRoute
 from opd_megatron.weight_sync.route import Clients, Offer, WeightRoute
@@ -32,8 +31,6 @@ def make_route(recipe: Recipe, run: RunDir, roles: Roles) -> WeightRoute:
         tensor_parallel=recipe.rollout.server.tensor_parallel,
         model_path=Path(recipe.student.path),
         folder=roles.learner.folder,
-        # All roles are on this machine.
-        host=LOOPBACK,
         backend=_BACKENDS[recipe.device],
         bucket_bytes=settings.bucket_mib * _MIB,
         timeout_s=settings.timeout_s,

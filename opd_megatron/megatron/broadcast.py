@@ -6,7 +6,8 @@
     close_group  the end of the group
 
 These are mailbox commands, run on every rank. When a server lets the group down, join_group and
-send answer `failed` with the reason, and the learner goes on with the next command.
+send answer `failed` with the reason, and the learner goes on with the next command; the group is
+broken then, so that no server waits in it.
 
 `hf.stream` brings one tensor after the other to rank 0, which copies it into a flat buffer and
 broadcasts the buffer when the next tensor would not fit (`server_group.py`). Rank 0 holds that one
@@ -25,7 +26,7 @@ from opd_megatron.errors import ContractError
 from opd_megatron.megatron import hf
 from opd_megatron.megatron.buckets import BucketPlan, filled_buckets, plan_buckets
 from opd_megatron.megatron.hf_names import hf_shapes
-from opd_megatron.megatron.server_group import GroupBroken, Limit, ServerGroup
+from opd_megatron.megatron.server_group import GroupBroken, Limit, ServerGroup, address_towards
 from opd_megatron.megatron.state import LearnerState
 
 Command = dict[str, Any]
@@ -57,8 +58,8 @@ def open_group(state: LearnerState, command: Command) -> Result:
     close_group(state, command)
     if dist.get_rank() != 0:
         return {}
-    state.server_group = ServerGroup(command["host"], state.device)
-    return {"port": state.server_group.port}
+    group = state.server_group = ServerGroup(address_towards(*command["server"]), state.device)
+    return {"host": group.host, "port": group.port}
 
 
 def join_group(state: LearnerState, command: Command) -> Result:
@@ -75,6 +76,8 @@ def send_weights(state: LearnerState, command: Command) -> Result:
     state.require_loaded()
     if state.optimizer_step != command["optimizer_step"]:
         # A server came back while the learner trained: the version that it was to get is gone.
+        # The servers wait for it already; the end of the group ends that.
+        close_group(state, command)
         why = f"the learner is at step {state.optimizer_step}, offered was {command['optimizer_step']}"
         return {"failed": why}
     tensors = hf.stream(state.modules, state.arch, state.groups, to_cpu=False)

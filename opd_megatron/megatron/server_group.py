@@ -1,6 +1,6 @@
 """Rank 0's end of the process group that it shares with the rollout servers.
 
-    open       a meeting point (TCPStore) on a port of one address
+    open       a meeting point (TCPStore) on a port of the one address that the servers are reached from
     join       the group, together with every server's ranks
     broadcast  one flat tensor from rank 0
     close      the end of the group; the others see a closed connection
@@ -62,6 +62,14 @@ class Limit:
         return max(0.0, self.deadline - time.monotonic())
 
 
+def address_towards(host: str, port: int) -> str:
+    """The address of this machine from which a server is reached: loopback for one beside it. Nothing is sent."""
+    family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(address)
+        return str(probe.getsockname()[0])
+
+
 def _open_sockets() -> dict[int, str]:
     """Descriptors of this process's sockets, with the inode that tells a later socket apart."""
     found = {}
@@ -94,10 +102,11 @@ class ServerGroup:
         device: of the tensors that will be sent.
 
     Attributes:
-        port: where the servers find the meeting point.
+        host, port: where the servers find the meeting point.
     """
 
     def __init__(self, host: str, device: torch.device) -> None:
+        self.host = host
         self._device = device
         self._others = _open_sockets()
         self._backend: Any = None

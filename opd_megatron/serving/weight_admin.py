@@ -26,6 +26,7 @@ from opd_megatron.serving.transport import HttpTransport
 
 # An answer that carries it is refused by contract.py: no version is made of letters.
 STALE_LABEL = "stale"
+_GROUP_BROKE = ("Failed to receive weights", "Failed to initialize custom process group")
 # For requests that are over before their callers know to leave the server.
 _IDLE_TIMEOUT_S = 5.0
 
@@ -142,5 +143,5 @@ class WeightAdmin:
 
 
 def is_consequence(error: ServerError) -> bool:
-    """Whether a server only says that its group broke, which another member did."""
-    return isinstance(error, RequestRefused) and "Failed to receive weights" in str(error)
+    """Whether a server only says that its group broke or never met, which another member may have done."""
+    return isinstance(error, RequestRefused) and any(words in str(error) for words in _GROUP_BROKE)

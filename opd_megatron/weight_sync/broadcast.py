@@ -22,6 +22,7 @@ import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from opd_megatron.errors import OpdError, ServerError
 from opd_megatron.serving.client import SglangClient
@@ -49,7 +50,6 @@ class BroadcastRoute:
         tensor_parallel: ranks of each server.
         model_path: what the servers were started with.
         folder: where the file that breaks a group is made; the learner sees it.
-        host: address of learner rank 0 that the servers reach.
         backend: "nccl" or "gloo".
         bucket_bytes: size of a bucket; a larger tensor travels alone.
         timeout_s: budget of joining, and of sending a version.
@@ -62,7 +62,6 @@ class BroadcastRoute:
         tensor_parallel: int,
         model_path: Path,
         folder: Path,
-        host: str,
         backend: str,
         bucket_bytes: int,
         timeout_s: float,
@@ -71,7 +70,6 @@ class BroadcastRoute:
         self._tensor_parallel = tensor_parallel
         self._model_path = model_path
         self._folder = folder
-        self._host = host
         self._backend = backend
         self._bucket_bytes = bucket_bytes
         self._timeout_s = timeout_s
@@ -125,16 +123,18 @@ class BroadcastRoute:
             await let_go(client, version, self._timeout_s)
 
         await on_every_server(clients, finish)
-        self._held = version
+        # Servers are started with the label 0, which therefore proves no membership.
+        self._held = version or None
 
     async def abandon(self, clients: Clients) -> bool:
-        await self._leave()
+        silent = await self._leave()
         limit_s = min(ANSWER_S, self._timeout_s)
+        others = [client for client in clients if client.name not in silent]
         try:
-            await on_every_server(clients, lambda c: c.weights.drop_session(limit_s))
+            await on_every_server(others, lambda c: c.weights.drop_session(limit_s))
         except OpdError:
             return False
-        return await all_answer(clients, self._timeout_s)
+        return not silent and await all_answer(clients, self._timeout_s)
 
     async def _are_in_the_group(self, clients: Clients) -> bool:
         """A server that was started anew carries the label of its start, and is in no group."""
@@ -144,11 +144,14 @@ class BroadcastRoute:
         return all(answer.weight_version == self._held for answer in answers)
 
     async def _join(self, clients: Clients) -> None:
-        opened = await self._learner.ask("open_group", host=self._host)
+        server = urlsplit(clients[0].url)
+        opened = await self._learner.ask("open_group", server=[server.hostname, server.port])
         size = 1 + self._tensor_parallel * len(clients)
         name = f"opd-{uuid.uuid4().hex[:12]}"
         # Known from here on, so that `abandon` makes the servers leave it.
-        self._group = group = GroupAddress(name, self._host, opened["port"], size, self._backend)
+        self._group = group = GroupAddress(
+            name, opened["host"], opened["port"], size, self._backend
+        )
         self._members = tuple(clients)
 
         async def join(client: SglangClient, number: int) -> None:
@@ -159,21 +162,25 @@ class BroadcastRoute:
             "joining the broadcast group", "join_group", clients, join, name=name, world_size=size
         )
 
-    async def _leave(self) -> None:
-        """Break the group from the learner's end, then have its servers forget it."""
+    async def _leave(self) -> set[str]:
+        """Break the group from the learner's end, then have its servers forget it; who did not answer."""
         await self._learner.ask("close_group")
         group, self._group, self._held = self._group, None, None
         if group is None:
-            return
+            return set()
         limit_s = min(ANSWER_S, self._timeout_s)
         outcomes = await asyncio.gather(
             *(client.weights.leave_group(group.name, limit_s) for client in self._members),
             return_exceptions=True,
         )
-        # Who is gone by now is in no group; who hangs is found by the next request to it.
-        for outcome in outcomes:
-            if isinstance(outcome, BaseException) and not isinstance(outcome, OpdError):
+        # Who is gone by now is in no group; who hangs forgets it when the update is over for it.
+        silent: set[str] = set()
+        for client, outcome in zip(self._members, outcomes, strict=True):
+            if isinstance(outcome, OpdError):
+                silent.add(client.name)
+            elif outcome is not None:
                 raise outcome
+        return silent
 
     async def _together(
         self,

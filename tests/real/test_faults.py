@@ -215,9 +215,11 @@ def test_work_of_a_killed_server_goes_elsewhere_until_it_is_back_updated_and_ver
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_run_goes_on_when_its_only_servers_are_killed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("route", ["disk", "broadcast"])
+def test_a_run_goes_on_when_its_only_servers_are_killed(tmp_path: Path, route: str) -> None:
     run, output = RunDir(tmp_path / "run"), tmp_path / "output.txt"
-    arguments = ["run", "demo", *SMALL, "steps=5", "--run-dir", str(run.root)]
+    settings = [*SMALL, "steps=5", f"weight_sync.route={route}"]
+    arguments = ["run", "demo", *settings, "--run-dir", str(run.root)]
     process = start(*arguments, output=output)
     wait_until(
         lambda: any(run.checkpoints.glob("step_*")) or process.poll() is not None, 200, "a commit"

@@ -1,7 +1,8 @@
 """One contract for both routes of new weights: real Megatron ranks (TP 2, then PP 2), real SGLang servers on CPU.
 
-Tests run in file order: the layout changes once, and the last ones kill the servers. Faults are made by a proxy in
-front of each server, at an exact request. Not covered: NCCL, servers of several ranks.
+Tests run in file order: the layout changes once, and the last ones kill a server. Faults are made by a proxy in front
+of each server, at an exact request. A passing test is far from its deadlines: they are for a machine that is busy. Not
+covered: NCCL, servers of several ranks.
 """
 
 from __future__ import annotations
@@ -10,26 +11,38 @@ import asyncio
 import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 from rule_proxy import Rule, refuse
-from weight_sync_scene import PROBES, TOLERANCE_NATS, Scene, Server, open_scene
+from weight_sync_checks import (
+    check_held,
+    check_unusable,
+    held_while_it_ran,
+    publisher_of,
+)
+from weight_sync_scene import LONG_S, PROBES, TOLERANCE_NATS, Scene, open_scene
 
 from opd_megatron.errors import NumericsError, ServerError
-from opd_megatron.serving.client import NO_VERSION, Sampling
+from opd_megatron.serving.client import Sampling
+from opd_megatron.serving.members import State
+from opd_megatron.serving.pool import ServerPool
 from opd_megatron.weight_sync.broadcast import BroadcastRoute
-from opd_megatron.weight_sync.route import hold, let_go
+from opd_megatron.weight_sync.route import let_go
 from opd_megatron.weight_sync.update import update_servers
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.timeout(600)]
 
 ROUTES = ("disk", "broadcast")
 # The request that carries weights, and which of its repetitions stands in the middle of an update.
 WEIGHTS = {"disk": "/update_weights_from_disk", "broadcast": "/update_weights_from_distributed"}
 HALF_WAY = {"disk": 1, "broadcast": 3}
+# Long enough for an update of healthy servers; a hanging one costs a few of them.
 SHORT_S = 3.0
+# Nobody waited for a deadline, which would take LONG_S.
+AT_ONCE_S = LONG_S / 2
 routes = pytest.mark.parametrize("route", ROUTES)
 
 
@@ -46,7 +59,7 @@ def wanted(scene: Scene) -> dict[str, dict[str, str]]:
     found = {}
     server = scene.servers[0]
     for version, (name, path) in enumerate(scene.models.items(), start=900):
-        scene.run(server.client.weights.load_directory(path, version, 30.0))
+        scene.run(server.client.weights.load_directory(path, version, LONG_S))
         found[name] = scene.checksums(server)
     assert found["first"] != found["second"]
     return found
@@ -63,34 +76,10 @@ async def forward(_: dict[str, Any]) -> None:
     return None
 
 
-def generate(scene: Scene, server: Server) -> Any:
-    sampling = Sampling(temperature=1.0, max_new_tokens=3)
-    return scene.run(server.client.generate([(3, 4)], sampling, [f"g{time.monotonic()}"]))[0]
-
-
-def check_held(scene: Scene, server: Server, checksums: dict[str, str]) -> None:
-    assert scene.checksums(server) == checksums
-    generation = generate(scene, server)
-    assert (generation.version_first, generation.version_last) == (scene.version, scene.version)
-
-
-def check_unusable(scene: Scene, server: Server) -> None:
-    """It has no version, and what it is asked for now waits until it has one."""
-    assert scene.run(server.client.model_info()).weight_version == NO_VERSION
-
-    async def impatient() -> None:
-        sampling = Sampling(temperature=1.0, max_new_tokens=3)
-        async with asyncio.timeout(0.3):
-            await server.client.generate([(3, 4)], sampling, [f"w{time.monotonic()}"])
-
-    with pytest.raises(TimeoutError):
-        scene.run(impatient())
-
-
 def check_learner_answers(scene: Scene) -> None:
     started = time.monotonic()
     scene.hold("first")
-    assert time.monotonic() - started < 5.0
+    assert time.monotonic() - started < AT_ONCE_S
 
 
 @pytest.mark.parametrize("layout", ["tp2"])
@@ -126,19 +115,14 @@ def test_the_group_is_joined_once_and_its_port_is_on_loopback(scene: Scene) -> N
 
 def test_what_runs_when_an_update_begins_is_ended_and_what_comes_then_waits(scene: Scene) -> None:
     client = scene.servers[0].client
+    long = Sampling(temperature=1.0, max_new_tokens=55)
 
     async def update() -> None:
-        long = Sampling(temperature=1.0, max_new_tokens=55)
-        rids = [f"held-{number}" for number in range(16)]
-        running = asyncio.create_task(client.generate([(3, 4)] * 16, long, rids))
-        await asyncio.sleep(0.1)
-        await hold(client, 30.0)
-        with pytest.raises(ServerError, match="aborted"):
-            await running
+        assert "aborted" in await held_while_it_ran(client, long)
         waiting = asyncio.create_task(client.generate([(3, 4)], long, ["waits"]))
         await asyncio.sleep(0.2)
         assert not waiting.done()
-        await let_go(client, 700, 30.0)
+        await let_go(client, 700, LONG_S)
         (generation,) = await waiting
         assert (generation.version_first, generation.version_last) == (700, 700)
 
@@ -151,8 +135,11 @@ def test_weights_that_were_trained_on_since_the_offer_are_not_sent(scene: Scene)
     offer = scene.run(route.offer(800, PROBES))
     assert isinstance(route, BroadcastRoute)
     route._optimizer_step += 1
+    started = time.monotonic()
     with pytest.raises(ServerError, match="the learner is at step 0, offered was 1"):
         scene.run(update_servers(route, scene.clients, offer, tolerance_nats=TOLERANCE_NATS))
+    # The learner takes no part, and says so to the servers that wait for it.
+    assert time.monotonic() - started < AT_ONCE_S
     check_learner_answers(scene)
 
 
@@ -184,8 +171,8 @@ def test_a_server_that_refuses_once_gets_the_whole_update_again(
     scene.servers[0].proxy.rules.append(Rule(WEIGHTS[route], refuse, half, half))
     started = time.monotonic()
     report = scene.update(route, "first")
-    # Far below the timeout of 30 s: the refusal itself ends the learner's wait.
-    assert time.monotonic() - started < 10.0
+    # The refusal itself ends the learner's wait.
+    assert time.monotonic() - started < AT_ONCE_S
     assert report.first_failure is not None
     assert "rollout-0" in report.first_failure and "refused on purpose" in report.first_failure
     for server in scene.servers:
@@ -202,7 +189,7 @@ def test_a_server_that_always_refuses_ends_the_update_named_and_unusable(
         ServerError, match=r"1 of 2 servers.*rollout-1.*refused on purpose.*tried twice"
     ) as caught:
         scene.update(route, "second")
-    assert time.monotonic() - started < 15.0
+    assert time.monotonic() - started < AT_ONCE_S
     assert type(caught.value) is ServerError and caught.value.exit_code == 75
     assert "rollout-0 (" not in str(caught.value)
     for server in scene.servers:
@@ -220,7 +207,7 @@ def test_a_server_that_refuses_to_join_ends_the_update(scene: Scene) -> None:
     started = time.monotonic()
     with pytest.raises(ServerError, match=r"joining the broadcast group: 1 of 2.*rollout-0"):
         scene.update("broadcast", "first")
-    assert time.monotonic() - started < 15.0
+    assert time.monotonic() - started < AT_ONCE_S
     for server in scene.servers:
         check_unusable(scene, server)
     scene.servers[0].proxy.rules.clear()
@@ -245,8 +232,8 @@ def test_a_server_that_hangs_half_way_holds_up_nobody(
     try:
         with pytest.raises(ServerError, match=r"rollout-1.*no answer within.*not tried again"):
             scene.update(route, "second", timeout_s=SHORT_S)
-        # The deadline of the learner, of the server, and of three requests while cleaning up.
-        assert time.monotonic() - started < 6 * SHORT_S + 5.0
+        # The deadlines of the learner, of the server, and of what is asked of it while cleaning up.
+        assert time.monotonic() - started < AT_ONCE_S
         check_learner_answers(scene)
     finally:
         for process in stopped:
@@ -269,27 +256,55 @@ def test_weights_of_pipeline_stages_arrive_bit_exactly_too(
     arrive_twice(scene, wanted, route)
 
 
-@pytest.mark.parametrize(("victim", "route"), [(1, "broadcast"), (0, "disk")])
-def test_a_server_killed_half_way_is_named_and_the_others_go_on(
-    scene: Scene, wanted: dict[str, dict[str, str]], victim: int, route: str
+@pytest.mark.parametrize(
+    "route",
+    # A server takes a quarter of a minute to start; by disk, a whole run does this in test_faults.
+    ["broadcast", pytest.param("disk", marks=pytest.mark.slow)],
+)
+def test_a_server_killed_half_way_is_left_out_until_it_is_back_updated_and_verified(
+    scene: Scene, wanted: dict[str, dict[str, str]], tmp_path: Path, route: str
 ) -> None:
-    doomed = scene.servers[victim]
-    in_use = scene.servers[: victim + 1]
+    victim = scene.servers[1]
+    said: list[str] = []
+    pool = ServerPool("rollout", scene.clients, return_timeout_s=200.0, say=said.append)
+    publisher = publisher_of(scene, pool, tmp_path, route)
 
     async def kill(_: dict[str, Any]) -> None:
-        processes = doomed.processes()
+        processes = victim.processes()
         for process in processes:
             process.kill()
-        await asyncio.to_thread(psutil.wait_procs, processes, 5)
+        await asyncio.to_thread(psutil.wait_procs, processes, 10)
 
-    doomed.proxy.rules.append(Rule(WEIGHTS[route], kill, HALF_WAY[route], HALF_WAY[route]))
-    started = time.monotonic()
-    with pytest.raises(ServerError, match=rf"rollout-{victim} .*not tried again"):
-        scene.update(route, "second", in_use)
-    assert time.monotonic() - started < 15.0
-    check_learner_answers(scene)
-    for server in in_use[:victim]:
-        check_unusable(scene, server)
-    for way in ROUTES if victim else ():
-        scene.update(way, "second", in_use[:victim])
-        check_held(scene, in_use[0], wanted["second"])
+    async def push(model: str) -> None:
+        await scene.link.ask("load", source="hf", path=str(scene.models[model]))
+        scene.version += 1
+        await publisher.push(await publisher.publish(scene.version))
+
+    async def story() -> None:
+        await push("first")
+        half = HALF_WAY[route]
+        victim.proxy.rules.append(Rule(WEIGHTS[route], kill, half, half))
+        started = time.monotonic()
+        await push("second")
+        assert time.monotonic() - started < AT_ONCE_S
+        assert pool.states == {"rollout-0": State.IN_SERVICE, "rollout-1": State.OUT}
+        assert [line for line in said if line.startswith("rollout-1 is out of service: ")] == said
+        sampling = Sampling(temperature=1.0, max_new_tokens=3)
+        (answer,) = await pool.generate([(3, 4)], sampling, ["meanwhile"])
+        assert answer.version_first == scene.version
+        scene.restart(1)
+        async with asyncio.timeout(200):
+            while pool.states["rollout-1"] is not State.IN_SERVICE:
+                await asyncio.sleep(0.05)
+        assert f"with weights v{scene.version}" in said[-1]
+        for server in scene.servers:
+            assert await server.client.weight_checksums() == wanted["second"]
+        await push("first")
+
+    try:
+        scene.run(story())
+    finally:
+        scene.run(pool.close())
+    for server in scene.servers:
+        check_held(scene, server, wanted["first"])
+    assert (pool.counts.left, pool.counts.returned) == (1, 1)

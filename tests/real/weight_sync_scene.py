@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import psutil
 from megatron_tiny import write_model
@@ -32,6 +33,7 @@ VOCAB = 67
 PROBES = ((3, 4, 5, 6, 11, 12, 13), (7, 8, 14, 15))
 TOLERANCE_NATS = 1e-4
 BUCKET_BYTES = 40_000
+LONG_S = 100.0
 Result = TypeVar("Result")
 
 
@@ -56,6 +58,7 @@ class Scene:
     models: dict[str, Path]
     runner: asyncio.Runner
     learner_process: subprocess.Popen[bytes]
+    processes: list[Any]
     layout: str = ""
     version: int = 0
     servers: list[Server] = field(default_factory=list)
@@ -80,9 +83,9 @@ class Scene:
         if self.layout:
             self.run(self.link.ask("stop"))
             self.routes.clear()
-        self.links[name] = LearnerLink(self.work / name, 60.0)
+        self.links[name] = LearnerLink(self.work / name, 3 * LONG_S)
         self.layout = name
-        self.run(self.link.wait_ready(120.0, lambda _: self._check_learner()))
+        self.run(self.link.wait_ready(200.0, lambda _: self._check_learner()))
 
     def _check_learner(self) -> None:
         assert self.learner_process.poll() is None, (self.work / "learner.log").read_text()[-3000:]
@@ -91,7 +94,7 @@ class Scene:
         """Give the learner other weights."""
         self.run(self.link.ask("load", source="hf", path=str(self.models[model])))
 
-    def route(self, name: str, timeout_s: float = 30.0) -> WeightRoute:
+    def route(self, name: str, timeout_s: float = LONG_S) -> WeightRoute:
         """The same one for the same settings."""
         if (name, timeout_s) not in self.routes:
             self.routes[name, timeout_s] = self._new_route(name, timeout_s)
@@ -105,7 +108,6 @@ class Scene:
             tensor_parallel=1,
             model_path=self.models["first"],
             folder=self.work / self.layout,
-            host="127.0.0.1",
             backend="gloo",
             bucket_bytes=BUCKET_BYTES,
             timeout_s=timeout_s,
@@ -116,7 +118,7 @@ class Scene:
         route: str,
         model: str,
         servers: Sequence[Server] | None = None,
-        timeout_s: float = 30.0,
+        timeout_s: float = LONG_S,
     ) -> SyncReport:
         """Let the learner hold `model` and bring it to the servers as the next version."""
         self.hold(model)
@@ -129,6 +131,14 @@ class Scene:
             return await update_servers(way, clients, offer, tolerance_nats=TOLERANCE_NATS)
 
         return self.run(work())
+
+    def restart(self, number: int) -> None:
+        """Start a server that has ended anew, with the first model, as a supervisor does."""
+        server = self.servers[number]
+        port = urlsplit(server.proxy.target).port
+        assert port is not None and server.process.poll() is not None
+        server.process = _start_server(self.work, self.models["first"], port, number)
+        self.processes.append(server.process)
 
     def checksums(self, server: Server) -> dict[str, str]:
         return self.run(server.client.weight_checksums())
@@ -146,7 +156,7 @@ def _start_server(work: Path, model: Path, port: int, number: int) -> psutil.Pop
         seed=number,
         parent_pid=os.getpid(),
     )
-    with (work / f"server{number}.log").open("wb") as log:
+    with (work / f"server{number}.log").open("ab") as log:
         return psutil.Popen(
             command.argv,
             env={**os.environ, **command.env},
@@ -175,7 +185,7 @@ def _start_learner(work: Path, model: Path) -> subprocess.Popen[bytes]:
 async def _connect(process: psutil.Popen, port: int, number: int, keys: ServerKeys) -> Server:
     proxy = RuleProxy(f"http://127.0.0.1:{port}")
     await proxy.start()
-    client = SglangClient(f"rollout-{number}", proxy.url, keys, vocab_size=VOCAB, timeout_s=30)
+    client = SglangClient(f"rollout-{number}", proxy.url, keys, vocab_size=VOCAB, timeout_s=LONG_S)
     return Server(process, proxy, client)
 
 
@@ -185,7 +195,7 @@ async def _wait_ready(scene: Scene) -> None:
             log = scene.work / f"server{number}.log"
             assert server.process.poll() is None, log.read_text()[-3000:]
 
-        await server.client.wait_ready(180.0, alive)
+        await server.client.wait_ready(200.0, alive)
 
     await asyncio.gather(*(wait(server, n) for n, server in enumerate(scene.servers)))
 
@@ -210,7 +220,7 @@ def open_scene(work: Path, num_servers: int) -> Iterator[Scene]:
         try:
             learner = _start_learner(work, models["first"])
             processes.append(learner)
-            scene = Scene(work, models, runner, learner)
+            scene = Scene(work, models, runner, learner, processes)
             for number in range(num_servers):
                 port = ports.reserve()
                 processes.append(_start_server(work, models["first"], port, number))

@@ -21,7 +21,7 @@ from opd_megatron.megatron import cpu_shim, parallel
 from opd_megatron.megatron.learner import CommandLoop, _announce, serve
 from opd_megatron.megatron.state import build_state
 
-TIMEOUT_S = 60.0
+TIMEOUT_S = 300.0
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2": {"tensor_parallel": 2},
     "pp2": {"pipeline_parallel": 2},

@@ -165,6 +165,14 @@ def test_evaluating_a_run_takes_its_newest_weights_and_settings(tmp_path: Path) 
     assert recipe.student.path == str(tmp_path)
 
 
+def test_evaluating_a_run_that_broadcasts_says_how_to_get_its_weights(tmp_path: Path) -> None:
+    run = write_run(tmp_path, "weight_sync.route=broadcast")
+    (run.weights / "v000003").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"leaves no directory .*; opd export .* --model DIR"):
+        _recipe_or_run(str(tmp_path), [], None)
+    assert _recipe_or_run(str(tmp_path), [], tmp_path)[0].student.path == str(tmp_path)
+
+
 def test_validate_counts_bad_rows_by_reason_and_shows_where(opd: Opd, tmp_path: Path) -> None:
     rows = [json.dumps({"prompt": f"{n}+11:"}) for n in range(10, 99)]
     path = tmp_path / "train.jsonl"
