@@ -157,10 +157,20 @@ def check_gpu(learner: LearnerConfig, gpu: Gpu) -> None:
 
 
 def current_gpu() -> Gpu:
-    """The device of this process. Imports torch; only where CUDA is available."""
+    """The device of this process. Imports torch.
+
+    Raises:
+        ConfigError: there is none.
+    """
     import torch
 
-    assert torch.version.cuda is not None
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        raise ConfigError.of(
+            "device",
+            "cuda",
+            "torch sees no CUDA device in this process",
+            "show it one (CUDA_VISIBLE_DEVICES, a CUDA build of torch), or set device=cpu",
+        )
     major, minor = torch.version.cuda.split(".")[:2]
     return Gpu(
         torch.cuda.get_device_name(),

@@ -62,6 +62,7 @@ def _case(
 
 
 CASES = {
+    1: {"one_process": _case(), "one_process_tied_recompute": _case(tied=True, recompute=True)},
     2: {
         "dp2": _case(),
         "dp2_tied_one_micro_batch": _case(tied=True, tokens=256),

@@ -7,6 +7,7 @@ Rank 0 holds the reference and writes WORK_DIRECTORY/<what>.json: per case the d
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from megatron_setup import (
 from megatron_tiny import write_model, write_samples
 
 from opd_megatron.megatron import checkpoint, hf
+from opd_megatron.megatron.state import LearnerState
 from opd_megatron.megatron.step import StepResult
 from opd_megatron.types import Sample
 
@@ -188,30 +190,50 @@ def bf16_case(model_path: Path, batch: Path, case: Case) -> dict[str, Any] | Non
     }
 
 
-def broken_gradient_case(model_path: Path, batch: Path, case: Case) -> dict[str, Any] | None:
-    """A NaN in one gradient of the last rank only: is any weight of any rank touched?"""
-    state = new_state(recipe_for(model_path, case))
+def everything(state: LearnerState) -> list[torch.Tensor]:
+    """Copies of all that a step changes on this rank: parameters, master weights, moments."""
+    optimizer = state.require_loaded()
+    tensors = [parameter.data for module in state.modules for parameter in module.parameters()]
+    for part in optimizer.chained_optimizers:
+        for group in part.optimizer.param_groups:
+            for parameter in group["params"]:
+                tensors += [parameter.data, *part.optimizer.state[parameter].values()]
+    return [tensor.clone() for tensor in tensors]
+
+
+def broken_gradient_case(
+    model_path: Path, batch: Path, case: Case, precision: str, factor: float
+) -> dict[str, Any] | None:
+    """One gradient of the last rank only is not finite: does any bit of any rank change?"""
+    state = new_state(recipe_for(model_path, case, precision=precision))
     state.load_hf(model_path)
-    before = snapshot(state)
+    before = everything(state)
     unit, parameter = hf.local_parameters(state.modules, state.arch)[3]
     is_broken = dist.get_rank() == dist.get_world_size() - 1
-    fault = parameter.register_hook(lambda grad: grad * torch.nan) if is_broken else None
+    fault = parameter.register_hook(lambda grad: grad * factor) if is_broken else None
     refused = step_on(state, batch)
-    after = snapshot(state)
+    changed = _num_changed(before, everything(state))
     if fault is not None:
         fault.remove()
     healthy = step_on(state, batch)
-    names: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(names, unit.hf)
+    changed_by_healthy = _num_changed(before, everything(state))
+    seen: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(seen, (unit.hf, changed, changed_by_healthy, refused.why_not_applied))
     if dist.get_rank() != 0:
         return None
     return {
         "why_not_applied": refused.why_not_applied,
-        "parameter": " + ".join(names[-1]),
-        "changed": sum(not torch.equal(before[n], after[n]) for n in before),
+        "reasons": len({why for *_, why in seen}),
+        "parameter": " + ".join(seen[-1][0]),
+        "changed": sum(count for _, count, _, _ in seen),
+        "changed_by_healthy": min(count for _, _, count, _ in seen),
         "healthy_why_not": healthy.why_not_applied,
         "steps": state.optimizer_step,
     }
+
+
+def _num_changed(before: list[torch.Tensor], after: list[torch.Tensor]) -> int:
+    return sum(not torch.equal(old, new) for old, new in zip(before, after, strict=True))
 
 
 def broken(work: Path) -> dict[str, Any]:
@@ -219,7 +241,8 @@ def broken(work: Path) -> dict[str, Any]:
     model, batch = inputs.models[False], inputs.batches["sampled_token"][0]
     return {
         name: {
-            "nan": broken_gradient_case(model, batch, case),
+            "nan": broken_gradient_case(model, batch, case, "fp32", math.nan),
+            "inf": broken_gradient_case(model, batch, case, "bf16", math.inf),
             "bf16": bf16_case(model, batch, case),
         }
         for name, case in BROKEN.items()

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.real
 WORKER = Path(__file__).with_name("megatron_parity_worker.py")
 REPOSITORY = Path(__file__).parents[2]
 MODELS = ["qwen3", "qwen3_tied", "qwen2", "qwen2_tied", "llama"]
-LAYOUTS = ["tp1", "tp2", "pp2"]
+LAYOUTS = ["tp1", "tp2", "tp2_sp", "pp2", "pp2_interleaved", "cp2", "dp2_distributed_optimizer"]
 
 Results = dict[str, dict[str, float]]
 
@@ -44,6 +44,14 @@ def test_single_rank_logits_equal_transformers_exactly(differences: Results, mod
 @pytest.mark.parametrize("model", MODELS)
 def test_tensor_parallel_logits_equal_transformers(differences: Results, model: str) -> None:
     assert differences[f"{model}-tp2"]["logits"] <= 1e-5
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("model", MODELS)
+def test_packed_logits_of_every_layout_equal_transformers(
+    differences: Results, model: str, layout: str
+) -> None:
+    assert differences[f"{model}-{layout}"]["packed_logits"] <= 1e-5
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
