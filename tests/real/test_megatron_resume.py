@@ -42,7 +42,9 @@ def test_every_split_of_20_steps_ends_at_the_same_bits(tmp_path: Path, layout: s
             "loaded": int(split),
             "ended": STEPS,
             "metrics_that_differ": 0,
+            "ranks_that_draw_differently": 0,
             "tensors_that_differ": 0,
         }
     # A run in which nothing changed would pass too.
     assert len(set(seen["losses"])) == STEPS and len(set(seen["rates"])) > STEPS // 2
+    assert len(set(seen["drawn"])) > 3 * STEPS
