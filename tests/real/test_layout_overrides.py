@@ -24,6 +24,11 @@ LAYOUTS = [
     ("TP=1 PP=2 CP=1 DP=1 = 2 ranks", ["learner.pipeline_parallel=2"]),
     ("TP=1 PP=1 CP=1 DP=2 = 2 ranks", ["learner.data_parallel=2"]),
 ]
+# What is broadcast was gathered during a forward pass that is over.
+OVERLAPPED = [
+    *("learner.data_parallel=2", "learner.distributed_optimizer=true"),
+    *("learner.overlap_param_gather=true", "weight_sync.route=broadcast"),
+]
 
 
 def opd(*arguments: str) -> str:
@@ -60,6 +65,12 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(("layout", "overrides"), LAYOUTS, ids=[words for words, _ in LAYOUTS])
 def test_the_demo_runs_on_two_ranks(layout: str, overrides: list[str], tmp_path: Path) -> None:
     assert layout in run_demo(tmp_path / "run", *overrides)
+
+
+def test_overlapped_gathers_reach_the_servers_by_broadcast_whole(tmp_path: Path) -> None:
+    output = run_demo(tmp_path / "run", *OVERLAPPED)
+    assert "rollout servers hold weights v0" in output and "were sent twice" not in output
+    assert not (tmp_path / "run" / "weights").exists()
 
 
 def test_a_finished_run_and_its_export_are_the_same_model(one_rank: Path, tmp_path: Path) -> None:
