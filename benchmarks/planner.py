@@ -83,6 +83,16 @@ def measure_memory(only: str) -> dict[str, Any]:
     return found
 
 
+def measure_runs(only: str) -> dict[str, Any]:
+    """Stages of every chosen run, by case."""
+    found: dict[str, Any] = {}
+    for case in (*CALIBRATION, *RUNS):
+        if re.search(only, case.name):
+            print(case.name, file=sys.stderr, flush=True)
+            found[case.name] = measure_run(case)
+    return found
+
+
 def _read() -> dict[str, Any]:
     return json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"runs": {}, "memory": {}}
 
@@ -93,21 +103,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="regular expression on the case's name")
     parser.add_argument("--write-docs", action="store_true", help="tables into docs/planner.md")
     args = parser.parse_args(arguments)
-    record = _read()
-    if args.what == "memory":
-        record["memory"] |= measure_memory(args.only)
-    elif args.what == "runs":
-        for case in (*CALIBRATION, *RUNS):
-            if re.search(args.only, case.name):
-                print(case.name, file=sys.stderr, flush=True)
-                record["runs"][case.name] = measure_run(case)
     if args.what != "report":
+        measured = measure_memory(args.only) if args.what == "memory" else measure_runs(args.only)
+        record = _read()
+        record[args.what] |= measured
         record["environment"] = environment.describe("cpu")
         RESULTS.write_text(json.dumps(record, indent=1) + "\n")
         failed = [n for kind in ("runs", "memory") for n, r in record[kind].items() if "error" in r]
         print("failed: " + ", ".join(failed) if failed else "measured", file=sys.stderr)
         return 1 if failed else 0
-    text = render(record)
+    text = render(_read())
     print(text)
     if args.write_docs:
         write_between_markers(PAGE, "planner", text)

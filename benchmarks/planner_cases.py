@@ -24,12 +24,12 @@ def _batch(prompts: int, rollouts: int) -> tuple[str, ...]:
     return (f"batch.prompts_per_step={prompts}", f"batch.rollouts_per_prompt={rollouts}")
 
 
-# The two runs that describe the machine.
-CALIBRATION = (RunCase("64 x 4"), RunCase("16 x 2", _batch(16, 2)))
+# The two runs that describe the machine: the largest and the smallest step.
+CALIBRATION = (RunCase("128 x 4", _batch(128, 4)), RunCase("16 x 2", _batch(16, 2)))
 RUNS = (
+    RunCase("64 x 4"),
     RunCase("32 x 4", _batch(32, 4)),
     RunCase("64 x 8", _batch(64, 8)),
-    RunCase("128 x 4", _batch(128, 4)),
     RunCase("64 x 4, at most 9 tokens", ("rollout.max_new_tokens=9",)),
     RunCase("64 x 4, 2 rollout servers", ("rollout.server.num_servers=2",)),
     RunCase("32 x 8, teacher top 8", (*_batch(32, 8), "objective.estimator=support_matching",
