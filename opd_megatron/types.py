@@ -28,12 +28,14 @@ class Prompt:
     teacher: str | None
     source: str
     response_ids: tuple[int, ...] | None = None
+    domain: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
     """One response that a rollout server generated, or that the data gave (controller/given.py).
 
+    The first `num_control` tokens of the prompt are for the student only (teaching.kind=control_token).
     `version_first`/`version_last` are the weight versions that produced the first and the last token.
     `finish_reason` is "stop" (an end token was sampled) or "length" (cut at max_new_tokens).
     """
@@ -47,6 +49,13 @@ class Rollout:
     version_first: int
     version_last: int
     server: str
+    num_control: int = 0
+    topk_ids: NDArray[np.int32] | None = None  # [L, K] the student's likeliest tokens, when asked
+
+    @property
+    def taught_prompt_ids(self) -> tuple[int, ...]:
+        """The prompt as a teacher reads it."""
+        return self.prompt_ids[self.num_control :]
 
     @property
     def truncated(self) -> bool:
@@ -55,12 +64,20 @@ class Rollout:
 
 @dataclass(frozen=True, slots=True)
 class TeacherScores:
-    """A teacher's log-probs for one rollout: of the sampled tokens, and of its own top-K when asked."""
+    """A target's log-probs for one rollout: of the sampled tokens, and of its top-K when asked.
+
+    `teacher` is the name of the target (`teacher/target.py`): a teacher, or a mean of some. The list is the top-K, or
+    the tokens of a support that was asked for (-1 with log-prob -inf where there is none). Where servers could not
+    say all: `left_out`, the probability of tokens that are missing in the list, and `error_nats` of the
+    log-probs, both as upper bounds (`teacher/joint.py`).
+    """
 
     teacher: str
     sampled_logprobs: NDArray[np.float32]  # [L]
     topk_ids: NDArray[np.int32] | None = None  # [L, K]
     topk_logprobs: NDArray[np.float32] | None = None  # [L, K]
+    left_out: NDArray[np.float32] | None = None  # [L]
+    error_nats: NDArray[np.float32] | None = None  # [L]
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from opd_megatron.config.schema import Recipe
+from opd_megatron.launch.teaching_checks import describe_teaching
 from opd_megatron.losses.catalog import OBJECTIVES, Objective, find_objective
-from opd_megatron.losses.settings import SERVED_SUPPORTS, LossSettings
+from opd_megatron.losses.settings import LISTED_SUPPORTS, SERVED_SUPPORTS, LossSettings
 
 _NORMALIZATIONS = ("token_mean", "sequence_mean")
 
@@ -60,6 +61,7 @@ def objectives(
     supports = next(row.supports for row in OBJECTIVES if row.supports)
     typer.echo(f"supports: {', '.join(supports)}")
     typer.echo(f"served teachers (teachers.NAME.engine=sglang) score {', '.join(SERVED_SUPPORTS)};")
+    typer.echo(f"and {', '.join(LISTED_SUPPORTS)} by objective.support_route;")
     typer.echo(
         "teachers inside the learner (in_process) all of them, exactly, and full without a K"
     )
@@ -73,7 +75,7 @@ def _verdict(row: Objective) -> str:
 
 
 def describe_loss(recipe: Recipe) -> list[str]:
-    """What a recipe minimises, one line per part that is in use."""
+    """What a recipe minimises and who teaches it, one line per part that is in use."""
     settings = LossSettings.of(recipe)
     objective, correction = recipe.objective, recipe.correction
     row = find_objective(objective)
@@ -114,4 +116,4 @@ def describe_loss(recipe: Recipe) -> list[str]:
             f"{settings.updates_per_step} updates a step, clipped to "
             f"[{1 - objective.clip_low:g}, {1 + objective.clip_high:g}]"
         )
-    return [*lines, "with " + ", ".join(parts)]
+    return [*lines, "with " + ", ".join(parts), *describe_teaching(recipe)]

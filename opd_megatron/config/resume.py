@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from opd_megatron.config.overrides import changed_leaves
-from opd_megatron.config.schema import Recipe
+from opd_megatron.config.schema import SWITCHES, Recipe
 from opd_megatron.errors import ConfigError
 
 # Nothing that changes what is learned: how long, on which layout, shown and checked how often. A name that ends with a
@@ -30,6 +30,7 @@ _MAY_CHANGE = (
     "data.heldout",
     "batch.tokens_per_microbatch",
     "optimizer.decay_steps",  # the learner compares the whole curve
+    "teaching.over_steps",  # together with `steps`, below
     "rollout.server.",
 )
 # Among those, what does change what is learned: the numbers that the student is computed in.
@@ -64,6 +65,9 @@ def refuse_other_run(started: Recipe, resumed: Recipe) -> None:
     """
     changed = changed_leaves(started, resumed)
     refused = [key for key in changed if key not in may_change(changed)]
+    refused_steps = _other_curriculum(started, resumed)
+    if refused_steps and not refused:
+        raise ConfigError(refused_steps)
     if refused:
         raise ConfigError(
             "\n".join(
@@ -72,3 +76,16 @@ def refuse_other_run(started: Recipe, resumed: Recipe) -> None:
                 for key in refused
             )
         )
+
+
+def _other_curriculum(started: Recipe, resumed: Recipe) -> str | None:
+    """Why the resumed run would hand over from one teacher to the next at other steps, if it would."""
+    if started.teaching.kind not in SWITCHES:
+        return None
+    before, after = (r.teaching.over_steps or r.steps for r in (started, resumed))
+    if before == after:
+        return None
+    return (
+        f"teaching.over_steps={resumed.teaching.over_steps} with steps={resumed.steps}: the teachers switch "
+        f"over {before} steps, and --resume may not change that; add teaching.over_steps={before}"
+    )

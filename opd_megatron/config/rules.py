@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 from opd_megatron.config.schema import Recipe, ServerConfig
+from opd_megatron.config.teaching_rules import teaching_problems
 from opd_megatron.errors import ConfigError, did_you_mean
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -240,6 +241,7 @@ def problems(recipe: Recipe) -> list[str]:
     )
     for rule in rules:
         found.extend(rule(recipe))
+    found.extend(teaching_problems(recipe))
     return found
 
 

@@ -14,12 +14,13 @@ from opd_megatron.config.schema import Recipe
 from opd_megatron.controller.evaluation import Evaluator
 from opd_megatron.controller.heartbeat import beating
 from opd_megatron.controller.roles import open_roles, wait_for_servers
+from opd_megatron.controller.teaching import data_config
 from opd_megatron.data.chat import load_chat_tokenizer
 from opd_megatron.data.prompts import load_prompts
 from opd_megatron.errors import EXIT_DONE, OpdError
 from opd_megatron.observe.console import RunConsole
 from opd_megatron.observe.formats import human_value
-from opd_megatron.observe.metric_table import METRICS_BY_NAME
+from opd_megatron.observe.metric_table import find_metric
 from opd_megatron.rundir import RunDir
 from opd_megatron.teacher.aliases import aliases_of
 
@@ -27,8 +28,9 @@ from opd_megatron.teacher.aliases import aliases_of
 async def run_evaluation(recipe: Recipe, run: RunDir, attempt: int) -> None:
     console = RunConsole(recipe.steps)
     tokenizer = load_chat_tokenizer(Path(recipe.student.path))
+    data = data_config(recipe, tokenizer)
     heldout = load_prompts(
-        Path(recipe.data.heldout), recipe.data, tuple(recipe.teachers), tokenizer, "data.heldout"
+        Path(recipe.data.heldout), data, tuple(recipe.teachers), tokenizer, "data.heldout"
     )
     async with AsyncExitStack() as stack:
         files = run.attempt(attempt)
@@ -48,7 +50,9 @@ async def run_evaluation(recipe: Recipe, run: RunDir, attempt: int) -> None:
     }
     console.say(" ".join(f"{name}={value}" for name, value in settings.items()))
     for name, value in metrics.items():
-        console.say(f"{name} {human_value(value, METRICS_BY_NAME[name].unit)}")
+        metric = find_metric(name)
+        assert metric is not None, name
+        console.say(f"{name} {human_value(value, metric.unit)}")
     write_json(
         run.root / "eval.json", {"model": recipe.student.path, "settings": settings, **metrics}
     )

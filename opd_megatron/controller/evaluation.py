@@ -1,5 +1,7 @@
-"""When evaluation is due: held-out accuracy on the rollout servers, the KL to the teacher, the teacher's accuracy.
+"""When evaluation is due: held-out accuracy on the rollout servers, the KL to the teachers, the teachers' accuracy.
 
+With several teachers every one of them is measured; `evaluation.teacher` is the one that the unmarked series are of.
+With control texts the student answers once under each, and is compared with that one's teacher.
 A teacher inside the learner is compared there, exactly; its accuracy is not measured.
 """
 
@@ -7,10 +9,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from opd_megatron.config.schema import Recipe
 from opd_megatron.controller.in_process import LearnerTeachers, mean
 from opd_megatron.controller.roles import Roles
+from opd_megatron.controller.teaching import control_ids_of
 from opd_megatron.data.chat import ChatTokenizer
 from opd_megatron.eval.evaluate import AccuracyResult, evaluate_accuracy, evaluate_kl, summarize
 from opd_megatron.eval.grading import Grader, check_answers, make_grader
@@ -50,20 +54,29 @@ class Evaluator:
             temperature=self.settings.temperature, max_new_tokens=recipe.rollout.max_new_tokens
         )
         # Supervised training may do without one: there is accuracy then, and no KL.
-        self._teacher = next(iter(recipe.teachers), None)
-        self._aliases = aliases.get(self._teacher or "", TokenAliases())
-        self._is_served = self._teacher in recipe.served_teachers
+        self._teacher = recipe.evaluation.teacher or next(iter(recipe.teachers), "")
+        self._teachers = [self._teacher] if self._teacher else []
+        self._teachers += [name for name in recipe.teachers if name != self._teacher]
+        self._aliases = aliases
+        self._served = set(recipe.served_teachers)
+        self._control_ids = control_ids_of(recipe, tokenizer)
         self._inside = inside
         self._count = 0
 
     def not_measured(self) -> list[str]:
         """What an evaluation of this recipe leaves out, one line each."""
-        if self._teacher is None or self._is_served:
-            return []
-        teacher = f"teacher {self._teacher} is inside the learner"
-        lines = [f"evaluation: {teacher} and writes nothing: its own accuracy is not measured"]
-        if self._inside is None and self.settings.kl_problems > 0:
-            lines.append(f"evaluation: {teacher}, and there is none: the KL to it is not measured")
+        lines: list[str] = []
+        for name in self._teachers:
+            if name in self._served:
+                continue
+            teacher = f"teacher {name} is inside the learner"
+            lines.append(
+                f"evaluation: {teacher} and writes nothing: its own accuracy is not measured"
+            )
+            if self._inside is None and self.settings.kl_problems > 0:
+                lines.append(
+                    f"evaluation: {teacher}, and there is none: the KL to it is not measured"
+                )
         return lines
 
     async def evaluate(self, with_teacher: bool) -> dict[str, float]:
@@ -73,25 +86,54 @@ class Evaluator:
             with_teacher: also measure the teacher's own accuracy (it does not change: once is enough).
         """
         self._count += 1
-        student = await self._accuracy(self._roles.rollout, f"eval-{self._count}-student")
+        student = await self._student(self._teacher)
         metrics = {
             f"{_SET}/accuracy": student.mean,
             f"{_SET}/best_of_n": student.best_of_n,
             f"{_SET}/truncated_frac": student.truncated_frac,
             f"{_SET}/len_mean": student.len_mean,
         }
-        if self._teacher is None:
-            return metrics
-        if self.settings.kl_problems > 0:
-            metrics |= await self._kl(student, self._teacher)
-        if with_teacher and self._is_served:
-            servers = self._roles.teachers[self._teacher]
-            teacher = await self._accuracy(servers, f"eval-{self._count}-teacher")
-            metrics[f"{_SET}/teacher_accuracy"] = teacher.mean
+        for name in self._teachers:
+            metrics |= await self._to_teacher(name, student, with_teacher)
         return metrics
 
-    async def _accuracy(self, servers: ServerPool, name: str) -> AccuracyResult:
-        shares = [self._problems[i :: len(servers)] for i in range(len(servers))]
+    async def _to_teacher(
+        self, name: str, student: AccuracyResult, with_teacher: bool
+    ) -> dict[str, float]:
+        """What is measured of one teacher; `student` answered under the first one's control text, if there are any."""
+        several, first = len(self._teachers) > 1, name == self._teacher
+        metrics: dict[str, float] = {}
+        if self._control_ids and name in self._control_ids:
+            student = student if first else await self._student(name)
+            metrics[f"{_SET}/accuracy_as/{name}"] = student.mean
+        if self.settings.kl_problems > 0:
+            kls = await self._kl(student, name)
+            if first:
+                metrics |= {f"{_SET}/{kind}": value for kind, value in kls.items()}
+            if several:
+                metrics |= {f"{_SET}/{kind}_to/{name}": value for kind, value in kls.items()}
+        if with_teacher and name in self._served:
+            servers = self._roles.teachers[name]
+            teacher = await self._accuracy(servers, f"eval-{self._count}-teacher-{name}")
+            if first:
+                metrics[f"{_SET}/teacher_accuracy"] = teacher.mean
+            if several:
+                metrics[f"{_SET}/accuracy_of/{name}"] = teacher.mean
+        return metrics
+
+    async def _student(self, teacher: str) -> AccuracyResult:
+        """The student's answers, under the control text of a teacher if it has one."""
+        control = self._control_ids.get(teacher, ())
+        name = f"eval-{self._count}-student" + (f"-{teacher}" if control else "")
+        result = await self._accuracy(self._roles.rollout, name, control)
+        rollouts = tuple(replace(one, num_control=len(control)) for one in result.rollouts)
+        return replace(result, rollouts=rollouts)
+
+    async def _accuracy(
+        self, servers: ServerPool, name: str, control: tuple[int, ...] = ()
+    ) -> AccuracyResult:
+        problems = [replace(one, token_ids=control + one.token_ids) for one in self._problems]
+        shares = [problems[i :: len(servers)] for i in range(len(servers))]
         parts = await asyncio.gather(
             *(
                 evaluate_accuracy(
@@ -115,18 +157,18 @@ class Evaluator:
     async def _kl(self, student: AccuracyResult, teacher: str) -> dict[str, float]:
         chosen = {prompt.id for prompt in self._problems[: self.settings.kl_problems]}
         rollouts = [rollout for rollout in student.rollouts if rollout.prompt_id in chosen]
-        if not self._is_served:
+        if teacher not in self._served:
             return await self._kl_inside(teacher, rollouts)
         result = await evaluate_kl(
             self._roles.rollout,
             self._roles.teachers[teacher],
             rollouts,
             self._tokenizer.vocab_size,
-            self._aliases,
+            self._aliases.get(teacher),
         )
-        metrics = {f"{_SET}/kl_reverse": result.reverse}
+        metrics = {"kl_reverse": result.reverse}
         if result.forward is not None:
-            metrics[f"{_SET}/kl_forward"] = result.forward
+            metrics["kl_forward"] = result.forward
         return metrics
 
     async def _kl_inside(self, teacher: str, rollouts: Sequence[Rollout]) -> dict[str, float]:
@@ -134,4 +176,4 @@ class Evaluator:
         if self._inside is None:
             return {}
         values = await self._inside.compare(teacher, rollouts)
-        return {f"{_SET}/{name}": mean(values[name]) for name in ("kl_reverse", "kl_forward")}
+        return {name: mean(values[name]) for name in ("kl_reverse", "kl_forward")}

@@ -26,8 +26,10 @@ async def generate_group(
     sampling: Sampling,
     sample_ids: Sequence[str],
     attempt: int,
+    topk: int = 0,
+    num_control: int = 0,
 ) -> tuple[Rollout, ...]:
-    """One rollout per sample id for one prompt, in one request.
+    """One rollout per sample id for one prompt, in one request; with the student's top-K if wanted.
 
     Raises:
         RequestRefused: the server calls the prompt wrong.
@@ -35,7 +37,7 @@ async def generate_group(
         ServerError: no server can be used.
     """
     generations = await servers.generate(
-        [prompt.token_ids] * len(sample_ids), sampling, [f"{s}/{attempt}" for s in sample_ids]
+        [prompt.token_ids] * len(sample_ids), sampling, [f"{s}/{attempt}" for s in sample_ids], topk
     )
     return tuple(
         Rollout(
@@ -48,6 +50,8 @@ async def generate_group(
             version_first=generation.version_first,
             version_last=generation.version_last,
             server=generation.server,
+            num_control=num_control,
+            topk_ids=generation.topk_ids,
         )
         for sample_id, generation in zip(sample_ids, generations, strict=True)
     )

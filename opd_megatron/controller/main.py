@@ -30,6 +30,7 @@ from opd_megatron.controller.roles import open_roles, wait_for_learner, wait_for
 from opd_megatron.controller.samples import SampleMaker
 from opd_megatron.controller.service import Context, Service
 from opd_megatron.controller.startup import check_numerics
+from opd_megatron.controller.teaching import Teaching, data_config
 from opd_megatron.data.chat import ChatTokenizer, load_chat_tokenizer
 from opd_megatron.data.prompts import PromptSet, load_prompts
 from opd_megatron.data.tokenizer_files import tokenizer_fingerprint
@@ -81,7 +82,7 @@ def load_inputs(recipe: Recipe) -> Inputs:
     teachers = tuple(recipe.teachers)
     train = load_prompts(
         Path(recipe.data.train),
-        recipe.data,
+        data_config(recipe, tokenizer),
         teachers,
         tokenizer,
         max_response_tokens=recipe.rollout.max_new_tokens if recipe.is_supervised else None,
@@ -89,7 +90,9 @@ def load_inputs(recipe: Recipe) -> Inputs:
     heldout = None
     if recipe.data.heldout:
         path = Path(recipe.data.heldout)
-        heldout = load_prompts(path, recipe.data, teachers, tokenizer, "data.heldout")
+        heldout = load_prompts(
+            path, data_config(recipe, tokenizer), teachers, tokenizer, "data.heldout"
+        )
     marks = fingerprint(recipe, train, tokenizer)
     return Inputs(tokenizer, train, heldout, aliases_of(recipe), marks)
 
@@ -171,6 +174,7 @@ async def _train(
             train=train,
             evaluator=evaluator,
             publisher=publisher,
+            teaching=Teaching(recipe, roles, tokenizer, aliases),
             sample_maker=SampleMaker(recipe, tokenizer, aliases),
             records=book,
             console=console,

@@ -13,6 +13,7 @@ from opd_megatron.errors import ContractError
 from opd_megatron.eval.grading import Grader, make_grader
 from opd_megatron.losses.settings import LossSettings
 from opd_megatron.teacher.aliases import TokenAliases
+from opd_megatron.teacher.target import Target
 from opd_megatron.types import Prompt, Rollout, Sample, TeacherScores
 
 
@@ -20,7 +21,6 @@ class SampleMaker:
     """Makes the samples of one prompt.
 
     Attributes:
-        topk: K to ask served teachers for; 0 for the sampled tokens only.
         aliases: of each teacher.
     """
 
@@ -28,9 +28,6 @@ class SampleMaker:
         self, recipe: Recipe, tokenizer: ChatTokenizer, aliases: Mapping[str, TokenAliases]
     ) -> None:
         settings = LossSettings.of(recipe)
-        # A teacher has no more than the whole vocabulary to send; one inside the learner sends nothing.
-        wanted = settings.teacher_topk if recipe.served_teachers else 0
-        self.topk = min(wanted, tokenizer.vocab_size)
         self.aliases = aliases
         self._tokenizer = tokenizer
         self._masked_ids = _masked_ids(recipe.objective.mask_special_tokens, tokenizer)
@@ -47,10 +44,12 @@ class SampleMaker:
             for r, s in zip(rollouts, scores, strict=True)
         )
 
-    def _trainable(self, rollout: Rollout, teacher: str) -> NDArray[np.bool_]:
+    def _trainable(self, rollout: Rollout, target: str) -> NDArray[np.bool_]:
         masked = np.isin(rollout.response_ids, self._masked_ids)
-        aliases = self.aliases.get(teacher, TokenAliases())
-        return ~(masked | aliases.unscorable(rollout.response_ids, not rollout.truncated))
+        for teacher in Target.parse(target).members:
+            aliases = self.aliases.get(teacher, TokenAliases())
+            masked |= aliases.unscorable(rollout.response_ids, not rollout.truncated)
+        return ~masked
 
     def _reward(self, prompt: Prompt, rollout: Rollout) -> float | None:
         if self._grader is None:

@@ -26,16 +26,14 @@ from opd_megatron.controller.publishing import Publisher
 from opd_megatron.controller.roles import Roles
 from opd_megatron.controller.samples import SampleMaker
 from opd_megatron.controller.stopwatch import Stopwatch
+from opd_megatron.controller.teaching import Teaching, teaching_metrics
 from opd_megatron.data.chat import ChatTokenizer
-from opd_megatron.data.order import PromptOrder
 from opd_megatron.data.prompts import PromptSet
 from opd_megatron.errors import ContractError, NumericsError, OpdError, RequestRefused, RoleDied
 from opd_megatron.exchange.batch_file import write_batch
 from opd_megatron.observe.console import RunConsole
 from opd_megatron.observe.waiting import WaitNotice
 from opd_megatron.rundir import AttemptDir, RunDir
-from opd_megatron.teacher.in_process import unscored
-from opd_megatron.teacher.scoring import score_rollouts
 from opd_megatron.types import Prompt, Sample, TeacherScores
 
 Work = Callable[[Any], Awaitable[protocol.Event]]
@@ -54,6 +52,7 @@ class Context:
     train: PromptSet
     evaluator: Evaluator | None
     publisher: Publisher
+    teaching: Teaching
     sample_maker: SampleMaker
     records: records.Records
     console: RunConsole
@@ -82,7 +81,7 @@ class Service:
             recipe.checkpoint,
             self._events.put_nowait,
         )
-        self._order = PromptOrder(train.content_hash, recipe.seed, len(train), recipe.data.shuffle)
+        self._order = train.order(recipe.data, recipe.seed)
 
     async def run(self) -> None:
         """Feed the core until it finishes.
@@ -167,14 +166,18 @@ class Service:
         if self.context.recipe.is_supervised:
             given = given_rollout(prompt, f"{prompt.id}@{epoch}#0", self.core.version)
             return protocol.Generated(position, attempt, (given,))
+        teaching = self.context.teaching
+        asked, num_control = teaching.prompt_for(prompt, position, self.core.step)
         try:
             with self._stopwatch().stage("rollout"):
                 rollouts = await generate_group(
                     self.context.roles.rollout,
-                    prompt,
+                    asked,
                     self._sampling,
                     [f"{prompt.id}@{epoch}#{k}" for k in range(count)],
                     attempt,
+                    teaching.wanted.student_topk,
+                    num_control,
                 )
         except RequestRefused as error:
             return protocol.PromptFailed(position, attempt, "refused", str(error))
@@ -188,19 +191,13 @@ class Service:
             scores = [given_scores(rollout) for rollout in rollouts]
             samples = self.context.sample_maker.make(self._prompt(position), rollouts, scores)
             return protocol.Scored(position, attempt, samples)
-        teacher = self._prompt(position).teacher or next(iter(self.context.recipe.teachers))
-        if teacher in self.context.recipe.in_process_teachers:
-            scores = [unscored(r, teacher, self.context.sample_maker.topk) for r in rollouts]
-            return await self._samples_of(action, scores)
+        teaching = self.context.teaching
+        target = teaching.target(self._prompt(position), position, self.core.step)
+        if teaching.is_inside(target):
+            return await self._samples_of(action, teaching.unscored(target, rollouts))
         try:
             with self._stopwatch().stage("teacher"):
-                scores = await score_rollouts(
-                    self.context.roles.teachers,
-                    rollouts,
-                    [teacher] * len(rollouts),
-                    topk=self.context.sample_maker.topk,
-                    aliases=self.context.sample_maker.aliases,
-                )
+                scores = await teaching.score(target, rollouts)
         except RequestRefused as error:
             return protocol.PromptFailed(position, attempt, "refused", str(error))
         except ContractError as error:
@@ -285,6 +282,7 @@ class Service:
             metrics |= records.speed_metrics(self._samples, self._perf)
             if not context.recipe.is_supervised:
                 metrics |= records.age_metrics(self._samples, step - 1)
+                metrics |= teaching_metrics(self._samples, context.recipe.teachers)
             if self._latencies:
                 metrics["teacher/latency_p95_s"] = self._latencies[
                     int(0.95 * (len(self._latencies) - 1))

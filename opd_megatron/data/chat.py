@@ -85,6 +85,14 @@ class ChatTokenizer:
             )
         return ids[: end + 1]
 
+    def encode_text(self, text: str) -> tuple[int, ...]:
+        """Ids of a text as it stands, outside of any conversation; it may spell special tokens.
+
+        Raises:
+            ValueError: a character has no token.
+        """
+        return self._encode(text)
+
     def _render(self, messages: Sequence[dict[str, str]], *, is_answered: bool) -> str:
         """The conversation as text; unanswered, up to the start of the assistant's turn."""
         for message in messages:

@@ -4,6 +4,9 @@ Position `p` of the endless stream is prompt `permutation(p // size)[p % size]`.
 needs only the position, and two runs of the same data and seed see the same prompts on every
 machine.
 
+Domains that alternate take turns, in the order of their names, each with a permutation of its own: position `p` of D
+domains is position `p // D` of domain `p % D`. A small domain begins its next epoch while a large one is in its first.
+
 The permutation is our own Fisher-Yates over integers from SHAKE-256. `random.shuffle` and numpy's
 generators promise no stable sequence between versions; a hash does. Drawing 64 bits modulo at most
 `size` is biased by `size / 2**64`, which no training can notice.
@@ -13,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Sequence
 
 _BYTES_PER_DRAW = 8
 
@@ -56,3 +60,29 @@ class PromptOrder:
             self._cached_order = permutation(self._content_hash, self._seed, epoch, self._size)
             self._cached_epoch = epoch
         return epoch, self._cached_order[offset]
+
+
+class AlternatingOrder:
+    """`PromptOrder` of every domain, dealt in turn.
+
+    Args:
+        domains: of each prompt of the set; prompts without one are a domain of their own.
+    """
+
+    def __init__(
+        self, content_hash: str, seed: int, domains: Sequence[str | None], shuffle: bool
+    ) -> None:
+        members: dict[str, list[int]] = {}
+        for index, domain in enumerate(domains):
+            members.setdefault(domain or "", []).append(index)
+        self._indices = [members[name] for name in sorted(members)]
+        self._orders = [
+            PromptOrder(f"{content_hash}:{name}", seed, len(members[name]), shuffle)
+            for name in sorted(members)
+        ]
+
+    def index_at(self, position: int) -> tuple[int, int]:
+        """`(epoch of its domain, index into the prompt set)` of `position >= 0`."""
+        turn, domain = divmod(position, len(self._orders))
+        epoch, index = self._orders[domain].index_at(turn)
+        return epoch, self._indices[domain][index]

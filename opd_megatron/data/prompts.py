@@ -21,6 +21,7 @@ from pathlib import Path
 
 from opd_megatron.config.schema import DataConfig
 from opd_megatron.data.chat import ChatTokenizer
+from opd_megatron.data.order import AlternatingOrder, PromptOrder
 from opd_megatron.data.rows import BadRow, Message, Row, RowScan, scan_rows
 from opd_megatron.types import Prompt
 
@@ -39,6 +40,13 @@ class PromptSet:
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    def order(self, config: DataConfig, seed: int) -> PromptOrder | AlternatingOrder:
+        """The order in which training meets the prompts."""
+        if config.alternate_domains:
+            domains = [prompt.domain for prompt in self.prompts]
+            return AlternatingOrder(self.content_hash, seed, domains, config.shuffle)
+        return PromptOrder(self.content_hash, seed, len(self), config.shuffle)
 
 
 def encode_prompts(
@@ -127,6 +135,7 @@ def _encode_row(row: Row, tokenizer: ChatTokenizer, max_prompt_tokens: int) -> P
         answer=row.answer,
         teacher=row.teacher,
         source=row.source,
+        domain=row.domain,
     )
 
 
@@ -136,5 +145,7 @@ def _content_hash(prompts: list[Prompt]) -> str:
         record: list[object] = [prompt.id, prompt.token_ids, prompt.answer, prompt.teacher]
         if prompt.response_ids is not None:
             record.append(prompt.response_ids)
+        if prompt.domain is not None:
+            record.append({"domain": prompt.domain})
         digest.update(json.dumps(record).encode() + b"\n")
     return digest.hexdigest()

@@ -2,6 +2,7 @@
 
     {"prompt": "40+85:", "answer": "125"}
     {"prompt": [{"role": "user", "content": "40+85:"}], "id": "p-7", "teacher": "math"}
+    {"prompt": "40+85:", "domain": "sums"}                         teaching.domains, data.alternate_domains
     {"prompt": "40+85:", "response": "0+5=5,8+4=12>125"}           supervised training
     {"prompt": [{"role": "user", ...}, {"role": "assistant", ...}]}   the same
 
@@ -47,6 +48,7 @@ class Row:
     teacher: str | None
     source: str
     response: str | None = None
+    domain: str | None = None
 
 
 @dataclass
@@ -208,7 +210,7 @@ def _parquet_row(names: list[str], columns: list[Any], index: int) -> Any:
 
 
 def _columns(config: DataConfig) -> tuple[str, ...]:
-    keys = (config.prompt_key, config.answer_key, config.response_key, "id", "teacher")
+    keys = (config.prompt_key, config.answer_key, config.response_key, "id", "teacher", "domain")
     return tuple(dict.fromkeys(keys))
 
 
@@ -233,7 +235,8 @@ def _check_row(
         )
     answer = _optional_text(raw, config.answer_key)
     row_id = _optional_text(raw, "id") or _derived_id(prompt, source)
-    return Row(row_id, prompt, answer, teacher, source, response)
+    domain = _optional_text(raw, "domain")
+    return Row(row_id, prompt, answer, teacher, source, response, domain)
 
 
 def _split_response(raw: dict[str, Any], config: DataConfig) -> tuple[Any, str]:

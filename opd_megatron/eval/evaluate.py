@@ -137,7 +137,8 @@ async def evaluate_kl(
     aliases = aliases or TokenAliases()
     sequences = [(rollout.prompt_ids, rollout.response_ids) for rollout in rollouts]
     as_teacher_reads = [
-        (r.prompt_ids, aliases.as_teacher_reads(r.response_ids, not r.truncated)) for r in rollouts
+        (r.taught_prompt_ids, aliases.as_teacher_reads(r.response_ids, not r.truncated))
+        for r in rollouts
     ]
     topk = vocab_size if exact else 0
     student_scores, teacher_scores = await asyncio.gather(

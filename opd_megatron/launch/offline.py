@@ -22,6 +22,7 @@ from opd_megatron.megatron.architecture import (
 )
 from opd_megatron.megatron.known_models import PUBLISHED, KnownModel, known_model
 from opd_megatron.megatron.precision import fp8_settings
+from opd_megatron.teacher.routes import route_of
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ def check_offline(recipe: Recipe) -> list[str]:
     check_layout(student.architecture, recipe.learner)
     fp8_settings(student.architecture.num_layers, recipe.learner)
     _check_context(student, "student.path", recipe)
+    route_of(recipe, student.architecture.vocab_size)
     missing = [] if student.is_here else [student.name]
     for name, config in recipe.teachers.items():
         teacher = model_facts(config.path, f"teachers.{name}.path")

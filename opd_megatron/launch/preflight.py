@@ -19,6 +19,7 @@ from opd_megatron.eval.grading import make_grader
 from opd_megatron.launch.doctor import package_folder, torch_cuda
 from opd_megatron.launch.gpus import check_precision, parse_cuda, visible_gpus
 from opd_megatron.launch.loss_checks import check_aliases, check_loss, check_task
+from opd_megatron.launch.teaching_checks import check_teaching
 from opd_megatron.megatron.architecture import architecture_of, check_layout, check_teacher
 from opd_megatron.megatron.precision import fp8_settings
 
@@ -157,11 +158,12 @@ def check_inputs(recipe: Recipe) -> InputFacts:
         Path(recipe.data.train), recipe.data, recipe.teachers, with_response=recipe.is_supervised
     )
     check_task(recipe, train)
+    fingerprint = tokenizer_fingerprint(student)
+    check_teaching(recipe, train, fingerprint.vocab_size)
     heldout = None
     if recipe.data.heldout:
         heldout = scan_rows(Path(recipe.data.heldout), recipe.data, recipe.teachers, "data.heldout")
         _check_evaluation(recipe, heldout)
-    fingerprint = tokenizer_fingerprint(student)
     return InputFacts(
         vocab_size=fingerprint.vocab_size,
         tokenizer_digest=fingerprint.digest,

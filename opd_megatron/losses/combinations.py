@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 
 from opd_megatron.errors import ConfigError
 from opd_megatron.losses.catalog import Objective, find_objective
-from opd_megatron.losses.settings import SERVED_SUPPORTS, LossSettings
+from opd_megatron.losses.settings import LossSettings
 
 
 def _parameters(settings: LossSettings) -> Iterator[ConfigError]:
@@ -214,23 +214,30 @@ def check_settings(settings: LossSettings) -> Objective:
 
 
 def check_served(settings: LossSettings, served: Sequence[str]) -> None:
-    """Refuse a support whose tokens a served teacher does not score.
+    """Refuse what served teachers can not send.
 
     Args:
         served: names of the teachers that servers hold.
 
     Raises:
-        ConfigError: the support needs the teacher's log-probs at the student's choice of tokens, or
-            at all of them.
+        ConfigError: the support is the whole vocabulary, or the overlap is to be reported of a list that is not
+            the teacher's own.
     """
     objective = settings.objective
-    if settings.has_support and objective.support not in SERVED_SUPPORTS:
+    if settings.has_full_support:
         engines = " ".join(f"teachers.{name}.engine=in_process" for name in served)
         raise ConfigError.of(
             "objective.support",
             objective.support,
-            "holds tokens that a served teacher does not score: it sends its own top-K and the sampled token",
-            f"use one of: {', '.join(SERVED_SUPPORTS)}; or set {engines}",
+            "is no list of tokens, and a served teacher sends lists",
+            f"set {engines}; or use teacher_topk with objective.topk=V, which is the same for a small vocabulary",
+        )
+    if settings.served_lists and objective.report_overlap:
+        raise ConfigError.of(
+            "objective.report_overlap",
+            True,
+            f"a served teacher's list for {objective.support} is not its own top-K",
+            "set it to false, or use intersection, whose divergence is over the overlap",
         )
 
 

@@ -2,7 +2,8 @@
 
 A server sends the teacher's K most likely tokens of a position and the log-prob of the sampled one.
 Supports made of those ids alone (`SERVED_SUPPORTS`) need nothing else, and the student's own top-K
-where they intersect with it.
+where they intersect with it. Of those that the student chose (`LISTED_SUPPORTS`) the list that came is the
+support itself: the controller asked for it by the tokens that were likeliest when the student sampled.
 
 Shape suffixes: T tokens, K teacher entries, J support entries.
 """
@@ -14,6 +15,7 @@ import math
 import torch
 
 from opd_megatron.losses.checks import LossInputError
+from opd_megatron.losses.settings import LISTED_SUPPORTS
 from opd_megatron.losses.supports import Support, SupportSources, make_support
 from opd_megatron.losses.token_loss import SupportInputs
 
@@ -31,8 +33,8 @@ def served_support(
     """The support of that name and the teacher's log-probs at it.
 
     Args:
-        name: one of `SERVED_SUPPORTS`.
-        topk_ids_TK, topk_logprobs_TK: [T, K] of the teacher, likeliest first; -1 where missing.
+        name: one of `SERVED_SUPPORTS` or `LISTED_SUPPORTS`.
+        topk_ids_TK, topk_logprobs_TK: [T, K] of the teacher, likeliest first, or the list; -1 where missing.
         sampled_ids_T, sampled_logprobs_T: [T] of the sampled token under the teacher.
         student_ids_TK: [T, K], for `intersection`.
 
@@ -43,7 +45,7 @@ def served_support(
         LossInputError: the support holds an id that the teacher did not score.
     """
     support = make_support(
-        name,
+        "teacher_topk" if name in LISTED_SUPPORTS else name,
         SupportSources(
             vocab_size=vocab_size,
             teacher_ids_TK=topk_ids_TK,

@@ -17,6 +17,8 @@ from opd_megatron.config.schema import (
 SUPPORT_ESTIMATORS = ("support_matching", "topk_surrogate")
 # Supports whose ids are all among what a served teacher sends: its own top-K and the sampled token.
 SERVED_SUPPORTS = ("teacher_topk", "teacher_topk_plus_sampled", "intersection")
+# Supports that a served teacher is asked for by the student's own choice (`teacher/routes.py`).
+LISTED_SUPPORTS = ("student_topk", "union", "symmetric_difference")
 # Supports that need the student's K most likely tokens.
 STUDENT_SUPPORTS = ("student_topk", "union", "intersection", "symmetric_difference")
 
@@ -31,6 +33,10 @@ class LossSettings:
     filter: FilterConfig = field(default_factory=FilterConfig)
     correction: CorrectionConfig = field(default_factory=CorrectionConfig)
     updates_per_step: int = 1
+    # A served teacher's batch lists the tokens of a support that the student chose as it sampled.
+    served_lists: bool = False
+    # No teacher is inside the learner.
+    only_served: bool = False
 
     @classmethod
     def of(cls, recipe: Recipe) -> LossSettings:
@@ -41,6 +47,10 @@ class LossSettings:
             filter=recipe.filter,
             correction=recipe.correction,
             updates_per_step=recipe.batch.updates_per_step,
+            served_lists=bool(recipe.served_teachers)
+            and recipe.objective.estimator in SUPPORT_ESTIMATORS
+            and recipe.objective.support in LISTED_SUPPORTS,
+            only_served=not recipe.in_process_teachers,
         )
 
     @property
@@ -67,9 +77,16 @@ class LossSettings:
     @property
     def student_topk(self) -> int:
         """K of the student that the learner must find; 0 when it need not."""
+        if self.served_lists and self.only_served:
+            return 0  # rollouts brought it along
         uses = self.objective.support in STUDENT_SUPPORTS or self.objective.report_overlap
         needs = self.has_support and uses
         return self.objective.topk if needs else 0
+
+    @property
+    def reports_overlap(self) -> bool:
+        """Whether the teacher's own top-K is there to be compared with the student's, for every sample."""
+        return self.student_topk > 0 and not self.served_lists
 
     @property
     def needs_scores(self) -> bool:

@@ -52,6 +52,11 @@ class LocalLogits:
                 backend=self.backend,
             )
 
+    def log_z(self) -> torch.Tensor:
+        """[T] float32, over the whole vocabulary."""
+        anything_T = self.local_logits_TV.new_zeros(len(self.local_logits_TV), dtype=torch.int64)
+        return self.stats(anything_T).log_z_T
+
     def topk(self, k: int) -> torch.Tensor:
         """[T, min(k, vocabulary)] ids of its likeliest tokens, best first."""
         return vocab_topk(

@@ -22,6 +22,7 @@ from opd_megatron.megatron.micro_loss import SCORE_NAMES, MicroCompare
 from opd_megatron.megatron.state import LearnerState
 from opd_megatron.megatron.step import ReadSamples, packed_batch
 from opd_megatron.megatron.teacher_pass import score_in_process
+from opd_megatron.teacher.target import is_inside
 
 _KLS = {"kl_reverse": "reverse_kl", "kl_forward": "forward_kl"}
 
@@ -34,7 +35,7 @@ def compare(state: LearnerState, index: BatchIndex, read: ReadSamples) -> dict[s
     """
     state.require_loaded()
     for sample_id, name in zip(index.sample_ids, index.teachers, strict=True):
-        if name not in state.teachers:
+        if not is_inside(name, state.teachers):
             raise ContractError(
                 f"sample {sample_id}: teacher {name!r} is not inside the learner "
                 f"({sorted(state.teachers)})"

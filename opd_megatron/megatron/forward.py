@@ -27,6 +27,7 @@ from opd_megatron.data.packing import (
 from opd_megatron.errors import ContractError
 from opd_megatron.exchange.batch_file import BatchIndex, BatchSlice
 from opd_megatron.megatron.parallel import Groups, Layout
+from opd_megatron.teacher.target import is_inside
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def pack_for_rank(
     lengths = document_lengths(index, layout.document_multiple)
     plan = plan_by_scorer(
         lengths,
-        [name if name in in_process else "" for name in index.teachers],
+        [name if is_inside(name, in_process) else "" for name in index.teachers],
         layout.dp,
         tokens_per_microbatch,
         layout.token_multiple,

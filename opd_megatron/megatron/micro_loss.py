@@ -30,7 +30,7 @@ def value_names(settings: LossSettings, *, clipped: bool) -> tuple[str, ...]:
         names += ("clipped",)
     if settings.has_support:
         names += _SUPPORT_NAMES
-    if settings.student_topk:
+    if settings.reports_overlap:
         names += ("support_overlap",)
     return names
 
@@ -177,7 +177,7 @@ class MicroLoss:
                 sampled_logprobs_T=batch.teacher_logprobs_T,
                 student_ids_TK=student_ids_TK,
             )
-        if student_ids_TK is None or topk_ids_TK is None:
+        if student_ids_TK is None or topk_ids_TK is None or not self.settings.reports_overlap:
             return support, None
         return support, is_member(topk_ids_TK, student_ids_TK).float().mean(1)
 

@@ -57,6 +57,11 @@ class TeacherHead:
     sequence_parallel: bool
     backend: Backend
 
+    @property
+    def chunk_rows(self) -> int:
+        """Rows of which logits are made at once."""
+        return chunk_rows(self.weight_VH, None)
+
     def gathered(self, hidden_SH: torch.Tensor) -> torch.Tensor:
         """[T, H] of all sequence-parallel ranks."""
         if not self.sequence_parallel:
@@ -73,7 +78,7 @@ class TeacherHead:
 
     def chunks(self, hidden_TH: torch.Tensor) -> Iterator[tuple[slice, LocalLogits]]:
         """(rows, their logits), a bounded number of rows at a time, the same on every rank."""
-        step = chunk_rows(self.weight_VH, None)
+        step = self.chunk_rows
         for start in range(0, len(hidden_TH), step):
             rows = slice(start, min(start + step, len(hidden_TH)))
             yield rows, self.logits(hidden_TH[rows])

@@ -2,7 +2,8 @@
 
     per teacher     weights onto the device -> forward schedule over its own micro-batches -> off
       last stage    log-prob of the sampled token and entropy, kept; hidden states [S, H] kept if the
-                    loss looks at a support or at the whole vocabulary
+                    loss looks at a support or at the whole vocabulary, or if the teacher is one of a mean
+    per mean        log-prob and entropy of the mean, from the hidden states of its members
     once            sampled log-probs and entropies of the whole batch on every rank, in batch order
 
 Teachers take turns before the student's first forward, so a step needs room for one of them. Kept
@@ -32,22 +33,37 @@ from opd_megatron.megatron.forward import (
     run_micro_batches,
 )
 from opd_megatron.megatron.state import LearnerState
+from opd_megatron.megatron.teacher_mixture import MixedHead
 from opd_megatron.megatron.teacher_model import InProcessTeacher, TeacherHead
+from opd_megatron.teacher.target import Target, is_inside
 
 _NAMES = ("teacher_logprobs", "teacher_entropy")
 
 
 @dataclass(frozen=True)
 class KeptTeachers:
-    """On the last pipeline stage: hidden states by number of the micro-batch, heads by teacher."""
+    """On the last pipeline stage: hidden states by micro-batch and teacher, heads by teacher."""
 
-    hidden_SH: dict[int, torch.Tensor] = field(default_factory=dict[int, torch.Tensor])
+    hidden_SH: dict[tuple[int, str], torch.Tensor] = field(
+        default_factory=dict[tuple[int, str], torch.Tensor]
+    )
     heads: dict[str, TeacherHead] = field(default_factory=dict[str, TeacherHead])
 
-    def of(self, batch: DeviceMicroBatch) -> tuple[TeacherHead, torch.Tensor]:
-        """The head of the micro-batch's teacher and its hidden states, [T, H]."""
-        head = self.heads[batch.scorer]
-        return head, head.gathered(self.hidden_SH[batch.number])
+    def of(self, batch: DeviceMicroBatch) -> tuple[TeacherHead | MixedHead, torch.Tensor]:
+        """The head of the micro-batch's target and its hidden states, [T, H]; of a mean, of all members."""
+        target = Target.parse(batch.scorer)
+        heads = tuple(self.heads[name] for name in target.members)
+        hidden = [
+            head.gathered(self.hidden_SH[batch.number, name])
+            for name, head in zip(target.members, heads, strict=True)
+        ]
+        if not target.mean:
+            return heads[0], hidden[0]
+        return MixedHead(target, heads), torch.cat(hidden, dim=1)
+
+    def forget(self) -> None:
+        self.hidden_SH.clear()
+        self.heads.clear()
 
 
 @dataclass(frozen=True)
@@ -91,22 +107,27 @@ def score_in_process(
     keep_hidden: bool,
 ) -> TeacherPass | None:
     """Every teacher inside the learner over its own micro-batches; None where the batch has none. Collective."""
-    names = sorted(set(index.teachers) & set(state.teachers))
-    if not names:
+    inside_B = [is_inside(name, state.teachers) for name in index.teachers]
+    if not any(inside_B):
         return None
     begin = time.perf_counter()
     kept = KeptTeachers()
     outputs: list[MicroOutput] = []
-    for name in names:
-        own = [micro for micro in micro_batches if micro.scorer == name]
-        outputs += _forward(state, state.teachers[name], own, kept, keep_hidden)
+    own = [micro for micro in micro_batches if micro.scorer]
+    means: dict[int, DeviceMicroBatch] = {}
+    for name in sorted(state.teachers):
+        asked = [micro for micro in own if name in Target.parse(micro.scorer).members]
+        if asked:
+            outputs += _forward(state, state.teachers[name], asked, kept, keep_hidden, means)
+    outputs += [_of_mean(kept, means[number]) for number in sorted(means)]
+    if not keep_hidden:
+        kept.forget()
     values = in_batch_order(outputs, _NAMES, index.num_response_tokens, state.groups, state.device)
     lengths = torch.from_numpy(index.response_offsets).diff()
-    scored_B = torch.tensor([name in state.teachers for name in index.teachers])
     return TeacherPass(
         logprobs_N=values["teacher_logprobs"],
         entropy_N=values["teacher_entropy"],
-        scored_N=scored_B.repeat_interleave(lengths),
+        scored_N=torch.tensor(inside_B).repeat_interleave(lengths),
         kept=kept,
         seconds=time.perf_counter() - begin,
     )
@@ -118,24 +139,39 @@ def _forward(
     micro_batches: Sequence[MicroBatch],
     kept: KeptTeachers,
     keep_hidden: bool,
+    means: dict[int, DeviceMicroBatch],
 ) -> list[MicroOutput]:
+    """One teacher over the micro-batches that ask it; those of a mean are noted in `means` and have no values yet."""
+
     def look(output_1SH: torch.Tensor, batch: DeviceMicroBatch) -> MicroResult:
         hidden_SH = output_1SH.squeeze(0)
         head = teacher.head
-        if keep_hidden:
+        is_mean = batch.scorer != teacher.name
+        if keep_hidden or is_mean:
             kept.heads[teacher.name] = head
-            kept.hidden_SH[batch.number] = hidden_SH
-        parts = [
-            logits.stats(batch.target_ids_T[rows])
-            for rows, logits in head.chunks(head.gathered(hidden_SH))
-        ]
-        values = {
-            "teacher_logprobs": torch.cat([part.sampled_logprobs_T for part in parts]),
-            "teacher_entropy": torch.cat([part.entropy_T for part in parts]),
-        }
+            kept.hidden_SH[batch.number, teacher.name] = hidden_SH
+        if is_mean:
+            means[batch.number] = batch
+        values = {} if is_mean else _values(head, head.gathered(hidden_SH), batch)
         return MicroResult(hidden_SH.new_zeros(()), (batch.output_index_T >= 0).sum(), values)
 
     with teacher.on_device():
-        return run_micro_batches(
+        outputs = run_micro_batches(
             teacher.modules, state.groups, micro_batches, look, forward_only=True
         )
+    return [output for output in outputs if output.values]
+
+
+def _of_mean(kept: KeptTeachers, batch: DeviceMicroBatch) -> MicroOutput:
+    head, hidden_TX = kept.of(batch)
+    return MicroOutput(_values(head, hidden_TX, batch), batch.output_index_T)
+
+
+def _values(
+    head: TeacherHead | MixedHead, hidden: torch.Tensor, batch: DeviceMicroBatch
+) -> dict[str, torch.Tensor]:
+    parts = [logits.stats(batch.target_ids_T[rows]) for rows, logits in head.chunks(hidden)]
+    return {
+        "teacher_logprobs": torch.cat([part.sampled_logprobs_T for part in parts]),
+        "teacher_entropy": torch.cat([part.entropy_T for part in parts]),
+    }

@@ -1,7 +1,8 @@
 """The table of every metric of a run: name, unit, reduction, who measures it, what it means.
 
 `reduction` says how the values of the tokens, samples, micro-batches and ranks of one step become
-the one value of the step. Add a row here, then `python -m opd_megatron.observe.metrics >
+the one value of the step. A name that ends with `<teacher>` stands for one series a teacher. Add a row here, then
+`python -m opd_megatron.observe.metrics >
 docs/metrics.md`. Left out: metrics of objectives and layouts that this version does not have.
 """
 
@@ -160,6 +161,15 @@ METRICS: tuple[Metric, ...] = (
            "without a served teacher."),
     Metric("teacher/tokens_per_s", "tokens/s", _MEAN, _TEACHER,
            "Prompt and response tokens scored per second of perf/teacher_s."),
+    Metric("teacher/share/<teacher>", "fraction", _MEAN, _CONTROLLER,
+           "Share of the response tokens of the step that learned from this teacher; in a mean it counts "
+           "with its weight."),
+    Metric("teacher/left_out_mass", "fraction", _MEAN, _TEACHER,
+           "Upper bound on the target's probability of tokens that a support should have and a served "
+           "teacher did not score (objective.support_route=larger_topk); 0 on an exact route."),
+    Metric("teacher/error_nats_max", "nats", _MAX, _TEACHER,
+           "Largest error that a log-prob of a mean of served teachers can have: the normaliser of a "
+           "geometric mean is known within bounds."),
     Metric("teacher/error_frac", "fraction", _MEAN, _TEACHER,
            "Share of scoring requests that failed and were sent again."),
     # Where the time goes. The stages add up to perf/step_s.
@@ -207,6 +217,14 @@ METRICS: tuple[Metric, ...] = (
     Metric("eval/heldout/teacher_accuracy", "fraction", _LAST, _EVAL,
            "The teacher's own accuracy on the same problems with the same settings: the line to "
            "reach; absent for a teacher inside the learner, which writes nothing."),
+    Metric("eval/heldout/accuracy_of/<teacher>", "fraction", _LAST, _EVAL,
+           "A teacher's own accuracy, of each where there are several."),
+    Metric("eval/heldout/accuracy_as/<teacher>", "fraction", _MEAN, _EVAL,
+           "The student's accuracy under the control text of a teacher (teaching.kind=control_token only)."),
+    Metric("eval/heldout/kl_reverse_to/<teacher>", "nats/token", _MEAN, _EVAL,
+           "KL(student || teacher) as eval/heldout/kl_reverse, to each teacher where there are several."),
+    Metric("eval/heldout/kl_forward_to/<teacher>", "nats/token", _MEAN, _EVAL,
+           "KL(teacher || student) as eval/heldout/kl_forward, to each teacher where there are several."),
     # What happened to the prompts. issued = trained + rejected + in_flight at every commit.
     Metric("data/epoch", "epochs", _LAST, _LEDGER,
            "Passes over the training prompts that were begun, counted from 0."),
@@ -235,3 +253,10 @@ METRICS: tuple[Metric, ...] = (
 # fmt: on
 
 METRICS_BY_NAME: dict[str, Metric] = {metric.name: metric for metric in METRICS}
+PER_TEACHER = "<teacher>"
+
+
+def find_metric(name: str) -> Metric | None:
+    """The row of a recorded name; a row that ends with <teacher> is of that series for each teacher."""
+    family = f"{name.rpartition('/')[0]}/{PER_TEACHER}"
+    return METRICS_BY_NAME.get(name) or METRICS_BY_NAME.get(family)

@@ -15,7 +15,7 @@ from itertools import groupby
 from numbers import Integral, Real
 
 from opd_megatron.errors import NumericsError, did_you_mean
-from opd_megatron.observe.metric_table import METRICS, METRICS_BY_NAME, Metric
+from opd_megatron.observe.metric_table import METRICS, METRICS_BY_NAME, Metric, find_metric
 
 
 class UnknownMetric(ValueError):
@@ -34,7 +34,7 @@ def checked(values: Mapping[str, object]) -> dict[str, float | int]:
     """
     numbers: dict[str, float | int] = {}
     for name, value in values.items():
-        if name not in METRICS_BY_NAME:
+        if find_metric(name) is None:
             raise UnknownMetric(
                 f"metric {name!r} is not in the table{did_you_mean(name, METRICS_BY_NAME)}; "
                 f"a new metric needs a row in opd_megatron/observe/metric_table.py"
@@ -56,7 +56,7 @@ _HEADER = """\
 `metrics.jsonl` in a run directory has one row per step: `step`, `attempt` (1 for the first start,
 one more for each resume), `time_s` (Unix time at which the row was written) and the metrics below.
 A metric that was not measured at a step is absent from its row. Step 0 is the student before
-training: only evaluation appears there.
+training: only evaluation appears there. Of a name that ends with `<teacher>` there is one series for each teacher.
 
 Log-probs are natural logarithms, so KL and entropy are in nats. `pi` is the student, `q` the
 teacher. **Reduction** says how the values of tokens, samples, micro-batches and ranks become the

@@ -6,11 +6,14 @@ problems, green the teacher.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import cycle
 
-from opd_megatron.observe.metric_table import POSITION_BUCKETS
+from opd_megatron.observe.metric_table import PER_TEACHER, POSITION_BUCKETS
 
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#2b6cb0", "#d9730d", "#2f855a", "#805ad5", "#8a94a3"
+_TEACHER_COLORS = (GREEN, BLUE, ORANGE, PURPLE, GREY)
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +24,15 @@ class Curve:
     label: str
     color: str = BLUE
     dots: bool = False
+
+    def of_each(self, names: Sequence[str]) -> tuple[Curve, ...]:
+        """Itself, or one curve a teacher, labelled with its name."""
+        if not self.metric.endswith(PER_TEACHER):
+            return (self,)
+        return tuple(
+            replace(self, metric=name, label=name.rpartition("/")[2], color=color)
+            for name, color in zip(names, cycle(_TEACHER_COLORS))
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,4 +266,33 @@ _TRAINED_ON = Section(
     ),
     optional=True,
 )
-SECTIONS = (_LEARNED, _SUPERVISED, _STABLE, _ON_POLICY, _TRAINED_ON)
+_TEACHERS = Section(
+    "Who teaches, and how far is the student from each?",
+    (
+        Panel(
+            "Share of the tokens that learn from each teacher",
+            "%",
+            (Curve(f"teacher/share/{PER_TEACHER}", ""),),
+            "A schedule hands over from one to the next; in a mean each has its weight.",
+            low=0.0,
+            high=1.0,
+        ),
+        Panel(
+            "Held-out reverse KL to each teacher",
+            "nats/token",
+            (Curve(f"eval/heldout/kl_reverse_to/{PER_TEACHER}", "", dots=True),),
+            "KL(student || teacher). Good: falls for the one that teaches; for one that has taught it may rise.",
+            low=0.0,
+        ),
+        Panel(
+            "Held-out accuracy under each control text",
+            "%",
+            (Curve(f"eval/heldout/accuracy_as/{PER_TEACHER}", "", dots=True),),
+            "The student, told by whom it was taught.",
+            low=0.0,
+            high=1.0,
+        ),
+    ),
+    optional=True,
+)
+SECTIONS = (_LEARNED, _SUPERVISED, _TEACHERS, _STABLE, _ON_POLICY, _TRAINED_ON)

@@ -171,7 +171,8 @@ def _label_ends(axes: Axes, labels: Sequence[tuple[str, str, float]]) -> None:
 
 def draw_panel(panel: Panel, run: RunFiles) -> str | None:
     """One picture as an SVG element, None when none of its metrics was recorded."""
-    series = [(curve, *_plottable(panel, *run.series(curve.metric))) for curve in panel.curves]
+    curves = [one for curve in panel.curves for one in curve.of_each(run.names(curve.metric))]
+    series = [(curve, *_plottable(panel, *run.series(curve.metric))) for curve in curves]
     series = [(curve, steps, values) for curve, steps, values in series if values]
     if not series:
         return None

@@ -185,7 +185,11 @@ def draw_section(section: Section, run: RunFiles) -> list[tuple[Panel, str | Non
 
 
 def _metric_rows(run: RunFiles) -> list[dict[str, Any]]:
-    recorded = [(metric, run.series(metric.name)[1]) for metric in METRICS]
+    recorded = [
+        (dataclasses.replace(metric, name=name), run.series(name)[1])
+        for metric in METRICS
+        for name in run.names(metric.name)
+    ]
     return [
         {
             "metric": metric,

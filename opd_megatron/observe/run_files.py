@@ -20,6 +20,7 @@ from opd_megatron.errors import ContractError, DataError
 from opd_megatron.observe.coloring import ROLLOUTS_JSONL, ColoredRollout
 from opd_megatron.observe.environment import ENVIRONMENT_JSON
 from opd_megatron.observe.jsonl import Row, read_rows
+from opd_megatron.observe.metric_table import PER_TEACHER
 from opd_megatron.observe.writer import METRICS_JSONL
 
 T = TypeVar("T")
@@ -49,6 +50,14 @@ class RunFiles:
         """Steps and values of one metric, without the steps that did not measure it."""
         measured = [(row["step"], row[name]) for row in self.rows if name in row]
         return [step for step, _ in measured], [value for _, value in measured]
+
+    def names(self, name: str) -> tuple[str, ...]:
+        """The series of a row of the table: one, or one for each teacher."""
+        family, end = name.rpartition("/")[0], name.rpartition("/")[2]
+        if end != PER_TEACHER:
+            return (name,)
+        found = {key for row in self.rows for key in row if key.rpartition("/")[0] == family}
+        return tuple(sorted(found))
 
     def first(self, name: str) -> float | None:
         values = self.series(name)[1]

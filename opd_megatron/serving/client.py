@@ -160,13 +160,18 @@ class SglangClient:
         return ModelAnswer(answer["model_path"], version)
 
     async def generate(
-        self, prompts: Sequence[tuple[int, ...]], sampling: Sampling, rids: Sequence[str]
+        self,
+        prompts: Sequence[tuple[int, ...]],
+        sampling: Sampling,
+        rids: Sequence[str],
+        topk: int = 0,
     ) -> list[Generation]:
         """Generate one response per prompt, in one call; repeat a prompt to sample it repeatedly.
 
         Args:
             prompts: non-empty id sequences.
             rids: one name per response, unique among the requests in flight.
+            topk: also return the ids of the K likeliest tokens of each position, at the temperature.
 
         Raises:
             ServerError, ContractError: nothing of the group is returned.
@@ -183,6 +188,9 @@ class SglangClient:
                 "input_ids": [list(prompt) for prompt in prompts],
                 "sampling_params": sampling.as_request(),
                 "return_logprob": True,
+                "top_logprobs_num": topk,
+                "return_flat_raw_output_top_logprobs": topk > 0,
+                "return_flat_raw_top_logprobs_b64": topk > 0,
                 "rid": wire,
             }
             answer = await self._http.request_once(
@@ -196,9 +204,34 @@ class SglangClient:
                 vocab_size=self.vocab_size,
                 max_new_tokens=sampling.max_new_tokens,
                 server=self.name,
+                topk=topk,
             )
 
         return await self._http.with_retries("/generate", attempt)
+
+    async def score_listed(
+        self,
+        sequences: Sequence[tuple[tuple[int, ...], tuple[int, ...]]],
+        listed: Sequence[tuple[int, ...]],
+    ) -> list[ScoredResponse]:
+        """Log-probs, at temperature 1, of listed tokens at every position of a response.
+
+        Args:
+            sequences: pairs (prompt ids, response ids), neither empty.
+            listed: of each sequence, distinct ids, at least one.
+
+        Raises:
+            ServerError, ContractError: nothing of the batch is returned.
+        """
+        for (prompt, response), ids in zip(sequences, listed, strict=True):
+            for what, sent in (("prompt", prompt), ("response", response), ("listed", ids)):
+                self._check_ids(what, sent)
+            if not response or not ids or len(set(ids)) != len(ids):
+                raise InvalidRequest(
+                    f"{self.name}: {len(response)} response tokens and {len(ids)} listed ones, "
+                    f"{len(set(ids))} of them distinct; wanted: some of both, without repetition"
+                )
+        return await self._score(sequences, 0, listed) if sequences else []
 
     async def score(
         self,
@@ -261,22 +294,14 @@ class SglangClient:
         self,
         sequences: Sequence[tuple[tuple[int, ...], tuple[int, ...]]],
         topk: int,
+        listed: Sequence[tuple[int, ...]] | None = None,
     ) -> list[ScoredResponse]:
         batch = uuid.uuid4().hex
         rids = [f"score-{batch}-{position}" for position in range(len(sequences))]
 
         async def attempt(number: int) -> list[ScoredResponse]:
             wire = _wire_ids(rids, number)
-            body = {
-                "input_ids": [[*prompt, *response] for prompt, response in sequences],
-                "sampling_params": {"temperature": 0.0, "max_new_tokens": 0},
-                "return_logprob": True,
-                "logprob_start_len": [len(prompt) - 1 for prompt, _ in sequences],
-                "top_logprobs_num": topk,
-                "return_flat_raw_top_logprobs": topk > 0,
-                "return_flat_raw_top_logprobs_b64": topk > 0,
-                "rid": wire,
-            }
+            body = score_body(sequences, wire, topk, listed)
             answer = await self._http.request_once(
                 "POST", "/generate", key=self._keys.api, body=body, paced=True
             )
@@ -286,6 +311,7 @@ class SglangClient:
                 sequences=sequences,
                 vocab_size=self.vocab_size,
                 topk=topk,
+                listed=listed,
             )
 
         return await self._http.with_retries("/generate", attempt)
@@ -304,6 +330,34 @@ class SglangClient:
                     f"{self.name}: {what} holds id {token_id}, outside the vocabulary "
                     f"[0, {self.vocab_size}); not sent, because it would kill the server"
                 )
+
+
+def score_body(
+    sequences: Sequence[tuple[tuple[int, ...], tuple[int, ...]]],
+    rids: Sequence[str],
+    topk: int,
+    listed: Sequence[tuple[int, ...]] | None = None,
+    *,
+    compact: bool = True,
+) -> dict[str, Any]:
+    """The request that scores responses behind their prompts; its answer is read by `read_scores`.
+
+    Args:
+        compact: ask for the top-K in base64; a server that does not know it answers with nested lists.
+    """
+    body: dict[str, Any] = {
+        "input_ids": [[*prompt, *response] for prompt, response in sequences],
+        "sampling_params": {"temperature": 0.0, "max_new_tokens": 0},
+        "return_logprob": True,
+        "logprob_start_len": [len(prompt) - 1 for prompt, _ in sequences],
+        "top_logprobs_num": topk,
+        "return_flat_raw_top_logprobs": compact and topk > 0,
+        "return_flat_raw_top_logprobs_b64": compact and topk > 0,
+        "rid": list(rids),
+    }
+    if listed is not None:
+        body["token_ids_logprob"] = [list(ids) for ids in listed]
+    return body
 
 
 def _wire_ids(rids: Sequence[str], attempt: int) -> list[str]:

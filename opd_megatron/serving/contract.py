@@ -40,12 +40,16 @@ from opd_megatron.serving.fields import (
     parse_version,
     read_rows,
 )
+from opd_megatron.serving.listed import parse_listed
 from opd_megatron.serving.topk import MAX_LOGPROB, MIN_LOGPROB, parse_topk
 
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """One generated response: L tokens, their log-probs at the rollout temperature, its makers."""
+    """One generated response: L tokens, their log-probs at the rollout temperature, its makers.
+
+    topk_ids: the K likeliest tokens of each position, if they were asked for.
+    """
 
     rid: str
     token_ids: tuple[int, ...]
@@ -54,6 +58,7 @@ class Generation:
     version_first: int
     version_last: int
     server: str
+    topk_ids: NDArray[np.int32] | None = None  # [L, K], likeliest first
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +69,7 @@ class ScoredResponse:
     weight_version: int | None  # None for an empty response, which no server saw
     topk_ids: NDArray[np.int32] | None = None  # [L, K], likeliest first
     topk_logprobs: NDArray[np.float32] | None = None  # [L, K]
+    listed_logprobs: NDArray[np.float32] | None = None  # [L, tokens that were listed]
 
 
 def read_generations(
@@ -75,6 +81,7 @@ def read_generations(
     vocab_size: int,
     max_new_tokens: int,
     server: str,
+    topk: int = 0,
 ) -> list[Generation]:
     """The whole answer to a call of `generate`: all of it is right, or nothing is returned.
 
@@ -90,6 +97,7 @@ def read_generations(
             vocab_size=vocab_size,
             max_new_tokens=max_new_tokens,
             server=server,
+            topk=topk,
         )
         for item, rid, wire_id, prompt in zip(
             parse_items(answer, len(prompts)), rids, sent_as, prompts, strict=True
@@ -104,8 +112,9 @@ def read_scores(
     sequences: Sequence[tuple[Sequence[int], Sequence[int]]],
     vocab_size: int,
     topk: int,
+    listed: Sequence[Sequence[int]] | None = None,
 ) -> list[ScoredResponse]:
-    """The whole answer to a call of `score`, in the same way."""
+    """The whole answer to a call of `score` or `score_listed`, in the same way."""
     return [
         parse_score(
             item,
@@ -114,9 +123,14 @@ def read_scores(
             response_ids=response,
             vocab_size=vocab_size,
             topk=topk,
+            listed=ids,
         )
-        for item, wire_id, (prompt, response) in zip(
-            parse_items(answer, len(sequences)), sent_as, sequences, strict=True
+        for item, wire_id, (prompt, response), ids in zip(
+            parse_items(answer, len(sequences)),
+            sent_as,
+            sequences,
+            listed or [()] * len(sequences),
+            strict=True,
         )
     ]
 
@@ -148,6 +162,7 @@ def parse_generation(
     vocab_size: int,
     max_new_tokens: int,
     server: str,
+    topk: int = 0,
 ) -> Generation:
     """Read one generated response, named `rid` by its caller and `sent_as` on the wire.
 
@@ -174,7 +189,10 @@ def parse_generation(
     else:
         check_equal("meta_info.finish_reason.matched", reason.get("matched"), ids[-1])
     first, last = _version_span(meta.get("weight_versions"), len(ids))
-    return Generation(rid, tuple(ids), logprobs, reason["type"], first, last, server)
+    topk_ids = None
+    if topk:
+        topk_ids, _ = parse_topk(meta, topk, vocab_size, np.asarray(ids), logprobs, "output")
+    return Generation(rid, tuple(ids), logprobs, reason["type"], first, last, server, topk_ids)
 
 
 def parse_score(
@@ -185,6 +203,7 @@ def parse_score(
     response_ids: Sequence[int],
     vocab_size: int,
     topk: int,
+    listed: Sequence[int] = (),
 ) -> ScoredResponse:
     """Read the scores of one response that was sent behind its prompt.
 
@@ -210,6 +229,9 @@ def parse_score(
     ]
     logprobs = _logprobs(field, scored, response_ids)
     version = parse_version("meta_info.weight_version", meta.get("weight_version"))
+    if listed:
+        listed_logprobs = parse_listed(meta, listed, len(response_ids))
+        return ScoredResponse(logprobs, version, listed_logprobs=listed_logprobs)
     if topk == 0:
         return ScoredResponse(logprobs, version)
     sent_ids = np.asarray(response_ids)

@@ -93,7 +93,11 @@ class ServerPool:
     # ------------------------------------------------------------ requests
 
     async def generate(
-        self, prompts: Sequence[tuple[int, ...]], sampling: Sampling, rids: Sequence[str]
+        self,
+        prompts: Sequence[tuple[int, ...]],
+        sampling: Sampling,
+        rids: Sequence[str],
+        topk: int = 0,
     ) -> list[Generation]:
         """As `SglangClient.generate`, by any server in service.
 
@@ -108,7 +112,8 @@ class ServerPool:
         async def ask(member: Member, send: int) -> list[Generation]:
             names = [f"{rid}/{send}" for rid in rids] if send else list(rids)
             held = member.version
-            answers = await member.client.generate(prompts, sampling, names)
+            more = (topk,) if topk else ()
+            answers = await member.client.generate(prompts, sampling, names, *more)
             for answer in answers:
                 _check_version(member, held, answer.version_first, answer.version_last)
             return answers
@@ -119,12 +124,27 @@ class ServerPool:
         self, sequences: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], topk: int = 0
     ) -> list[ScoredResponse]:
         """As `SglangClient.score`, by any server in service; raises as `generate`."""
+        return await self._score(sequences, lambda client: client.score(sequences, topk))
+
+    async def score_listed(
+        self,
+        sequences: Sequence[tuple[tuple[int, ...], tuple[int, ...]]],
+        listed: Sequence[tuple[int, ...]],
+    ) -> list[ScoredResponse]:
+        """As `SglangClient.score_listed`, by any server in service; raises as `generate`."""
+        return await self._score(sequences, lambda client: client.score_listed(sequences, listed))
+
+    async def _score(
+        self,
+        sequences: Sequence[tuple[tuple[int, ...], tuple[int, ...]]],
+        request: Callable[[SglangClient], Awaitable[list[ScoredResponse]]],
+    ) -> list[ScoredResponse]:
         if not sequences:
             return []
 
         async def ask(member: Member, send: int) -> list[ScoredResponse]:
             held = member.version
-            answers = await member.client.score(sequences, topk)
+            answers = await request(member.client)
             for answer in answers:
                 if answer.weight_version is not None:
                     _check_version(member, held, answer.weight_version)

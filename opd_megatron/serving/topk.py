@@ -1,4 +1,6 @@
-"""The top-K part of a score: K ids and log-probs for each of L positions, likeliest first.
+"""The top-K part of an answer: K ids and log-probs for each of L positions, likeliest first.
+
+Of a prompt that is scored (side "input", whose first row is null) or of a response that is generated ("output").
 
 Base64 of little-endian float32 and int32 (about 4 times faster than nested lists), or nested lists
 where a server does not know the flat form: the keys of the answer decide. Either way the same
@@ -26,7 +28,6 @@ _MAX_MASS = 1.0 + 1e-4
 # Between two readings of one token's log-prob in one answer.
 _SAME_LOGPROB = 1e-3
 _MAX_ID = 1 << 31  # of an int32
-_FIELD = "meta_info.input_top_logprobs"
 
 
 def parse_topk(
@@ -35,6 +36,7 @@ def parse_topk(
     vocab_size: int,
     sampled_ids: NDArray[np.int64],
     sampled_logprobs: NDArray[np.float32],
+    side: str = "input",
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     """Read and check the top-K of L positions.
 
@@ -42,6 +44,7 @@ def parse_topk(
         meta: `meta_info` of one answer.
         sampled_ids: [L] the tokens that were scored.
         sampled_logprobs: [L] their log-probs, as the same answer states them.
+        side: "input" or "output".
 
     Returns:
         [L, K] ids and [L, K] log-probs.
@@ -50,49 +53,57 @@ def parse_topk(
         ContractError: a rule of the module docstring is broken.
     """
     length = len(sampled_ids)
-    is_flat = "input_top_logprobs_val_flat_b64" in meta
-    ids, logprobs = (_flat if is_flat else _nested)(meta, length, topk)
+    prefix = f"{side}_top_logprobs"
+    field = f"meta_info.{prefix}"
+    is_flat = f"{prefix}_val_flat_b64" in meta
+    ids, logprobs = (_flat if is_flat else _nested)(meta, prefix, length, topk)
     if ids.min() < 0 or ids.max() >= vocab_size:
-        broken(f"{_FIELD} ids", [int(ids.min()), int(ids.max())], f"must be in [0, {vocab_size})")
+        broken(f"{field} ids", [int(ids.min()), int(ids.max())], f"must be in [0, {vocab_size})")
     ordered = np.sort(ids, axis=1)
-    _refuse((ordered[:, 1:] == ordered[:, :-1]).any(axis=1), ids, "ids must be unique in a row")
+    _refuse(
+        field, (ordered[:, 1:] == ordered[:, :-1]).any(axis=1), ids, "ids must be unique in a row"
+    )
     wrong = ~np.isfinite(logprobs) | (logprobs > MAX_LOGPROB)
-    _refuse(wrong.any(axis=1), logprobs, "log-probs must be finite and not positive")
+    _refuse(field, wrong.any(axis=1), logprobs, "log-probs must be finite and not positive")
     rising = logprobs[:, 1:] > logprobs[:, :-1]
-    _refuse(rising.any(axis=1), logprobs, "must be sorted, likeliest first")
+    _refuse(field, rising.any(axis=1), logprobs, "must be sorted, likeliest first")
     # The sampled token's own mass counts where it is not one of the K.
     is_sampled = ids == sampled_ids[:, None]
     outside = ~is_sampled.any(axis=1)
     mass = np.exp(logprobs.astype(np.float64)).sum(axis=1)
     mass += outside * np.exp(sampled_logprobs.astype(np.float64))
-    _refuse(mass > _MAX_MASS, logprobs, "probabilities must not sum to more than 1")
+    _refuse(field, mass > _MAX_MASS, logprobs, "probabilities must not sum to more than 1")
     delta = np.where(is_sampled, np.abs(logprobs - sampled_logprobs[:, None]), 0.0).max(axis=1)
-    _refuse(delta > _SAME_LOGPROB, logprobs, "differs from the log-prob of the sampled token")
+    _refuse(
+        field, delta > _SAME_LOGPROB, logprobs, "differs from the log-prob of the sampled token"
+    )
     excess = outside * (sampled_logprobs - logprobs[:, -1])
-    _refuse(excess > _SAME_LOGPROB, logprobs, "leaves out a sampled token likelier than its last")
+    _refuse(
+        field, excess > _SAME_LOGPROB, logprobs, "leaves out a sampled token likelier than its last"
+    )
     return ids, logprobs
 
 
-def _refuse(is_wrong: Any, rows_LK: NDArray[Any], rule: str) -> None:
+def _refuse(field: str, is_wrong: Any, rows_LK: NDArray[Any], rule: str) -> None:
     """Raise about the first row that is wrong; `is_wrong` [L] bool."""
     if is_wrong.any():
         first = int(np.argmax(is_wrong))
-        broken(f"{_FIELD}[{first}]", rows_LK[first, :8].tolist(), rule)
+        broken(f"{field}[{first}]", rows_LK[first, :8].tolist(), rule)
 
 
 def _flat(
-    meta: dict[str, Any], length: int, topk: int
+    meta: dict[str, Any], prefix: str, length: int, topk: int
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    for name, wanted in (("shape", [length, topk]), ("null_prefix", 1)):
-        key = f"input_top_logprobs_{name}"
+    for name, wanted in (("shape", [length, topk]), ("null_prefix", _null_rows(prefix))):
+        key = f"{prefix}_{name}"
         check_equal(f"meta_info.{key}", meta.get(key), wanted)
-    logprobs = _decode_flat(meta, "val", "float32", length * topk).reshape(length, topk)
-    ids = _decode_flat(meta, "idx", "int32", length * topk).reshape(length, topk)
+    logprobs = _decode_flat(meta, f"{prefix}_val", "float32", length * topk).reshape(length, topk)
+    ids = _decode_flat(meta, f"{prefix}_idx", "int32", length * topk).reshape(length, topk)
     return ids.astype(np.int32), logprobs.astype(np.float32)
 
 
 def _decode_flat(meta: dict[str, Any], part: str, dtype: str, count: int) -> NDArray[Any]:
-    key = f"input_top_logprobs_{part}_flat_b64"
+    key = f"{part}_flat_b64"
     check_equal(f"meta_info.{key}_dtype", meta.get(f"{key}_dtype"), dtype)
     text = meta.get(key)
     if not isinstance(text, str):
@@ -107,20 +118,30 @@ def _decode_flat(meta: dict[str, Any], part: str, dtype: str, count: int) -> NDA
     return np.frombuffer(raw, dtype=little_endian)
 
 
+def _null_rows(prefix: str) -> int:
+    """Nothing precedes the first scored token of a prompt."""
+    return 1 if prefix.startswith("input") else 0
+
+
 def _nested(
-    meta: dict[str, Any], length: int, topk: int
+    meta: dict[str, Any], prefix: str, length: int, topk: int
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    listed = meta.get("input_top_logprobs")
-    if not isinstance(listed, list) or len(listed) != length + 1 or listed[0] is not None:
-        broken(_FIELD, listed, f"must be null and then {length} rows")
+    field, nulls = f"meta_info.{prefix}", _null_rows(prefix)
+    listed = meta.get(prefix)
+    if (
+        not isinstance(listed, list)
+        or len(listed) != length + nulls
+        or listed[:nulls] != [None] * nulls
+    ):
+        broken(field, listed, f"must be {'null and then ' * nulls}{length} rows")
     ids = np.empty((length, topk), dtype=np.int32)
     logprobs = np.empty((length, topk), dtype=np.float32)
-    for position, row in enumerate(listed[1:]):
-        field = f"{_FIELD}[{position}]"
-        for rank, entry in enumerate(read_rows(field, row, topk)):
+    for position, row in enumerate(listed[nulls:]):
+        where = f"{field}[{position}]"
+        for rank, entry in enumerate(read_rows(where, row, topk)):
             if not is_number(entry[0]) or not MIN_LOGPROB <= entry[0] <= MAX_LOGPROB:
-                broken(f"{field}[{rank}]", entry, "must start with a log-prob")
+                broken(f"{where}[{rank}]", entry, "must start with a log-prob")
             if not is_int(entry[1]) or not 0 <= entry[1] < _MAX_ID:
-                broken(f"{field}[{rank}]", entry, "must be [logprob, id, text]")
+                broken(f"{where}[{rank}]", entry, "must be [logprob, id, text]")
             logprobs[position, rank], ids[position, rank] = entry[0], entry[1]
     return ids, logprobs

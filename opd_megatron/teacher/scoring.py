@@ -97,7 +97,7 @@ async def _score_with(
         for call in pending:
             pairs = [
                 (
-                    rollouts[i].prompt_ids,
+                    rollouts[i].taught_prompt_ids,
                     aliases.as_teacher_reads(rollouts[i].response_ids, not rollouts[i].truncated),
                 )
                 for i in call

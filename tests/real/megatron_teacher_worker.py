@@ -3,7 +3,8 @@
     torchrun --nproc-per-node 2|4 megatron_teacher_worker.py WORK_DIRECTORY teachers|served
 
 Three teachers score one batch: `small` has the student's size, `big` another one, an alias, and weights that are
-offloaded between uses; the samples of `served` bring their scores along. Rank 0 writes WORK_DIRECTORY/<what>.json.
+offloaded between uses; the samples of `served` bring their scores along. Where only teachers inside the learner score,
+two means of them take turns with them. Rank 0 writes WORK_DIRECTORY/<what>.json.
 """
 
 from __future__ import annotations
@@ -16,14 +17,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron_cases import LENGTHS, TOPK, VOCAB, Case
-from megatron_reference import (
-    TOKEN_LOSSES,
-    Reference,
-    TokenLosses,
-    reference_model,
-    reference_run,
-)
+from megatron_reference import Reference, reference_model, reference_run
 from megatron_setup import new_state, recipe_for, relative, run_worker, snapshot, step_on
+from megatron_teacher_reference import ALIAS, scored, teacher_logprobs, token_losses_of
 from megatron_tiny import make_samples, write_model
 from safetensors.torch import save_file
 
@@ -39,10 +35,13 @@ from opd_megatron.megatron.compare import compare
 from opd_megatron.megatron.step import packed_batch
 from opd_megatron.megatron.teacher_pass import score_in_process
 from opd_megatron.teacher.in_process import unscored
+from opd_megatron.teacher.target import Target
 from opd_megatron.types import Sample
 
-# On two shards of the vocabulary.
-ALIAS = (7, 200)
+MEANS = (
+    Target.of("arithmetic_mean", {"small": 3.0, "big": 1.0}).name,
+    Target.of("geometric_mean", {"small": 0.4, "big": 0.6}).name,
+)
 GIVEN = [0, 7, 135, 136, 200, 258, 200]
 BIG = {"hidden_size": 96, "intermediate_size": 64, "num_attention_heads": 6}
 LAYOUTS = {
@@ -117,75 +116,6 @@ def write_models(work: Path) -> None:
     (student / "vocab.json").write_text(json.dumps({f"t{i}": i for i in range(VOCAB)}))
     write_model(work / "small", vocab_size=VOCAB, seed=5, tied=True)
     write_model(work / "big", "qwen3", False, 6, vocab_size=VOCAB, **BIG)
-
-
-# ---------------------------------------------------------------- the reference
-
-
-def teacher_logprobs(work: Path, samples: list[Sample]) -> dict[str, torch.Tensor]:
-    """By sample id, [L, V] float64 in the student's ids; of the teachers that are models."""
-    models = {name: reference_model(work / name, torch.float64) for name in ("small", "big")}
-    found = {}
-    for sample in samples:
-        rollout, name = sample.rollout, sample.scores.teacher
-        length = len(rollout.response_ids)
-        if name == "served" or not length:
-            continue
-        ids = torch.tensor(rollout.prompt_ids + rollout.response_ids)
-        with torch.no_grad():
-            log_q = models[name](ids[None]).logits[0].log_softmax(-1)[-length - 1 : -1]
-        if name == "big":
-            columns = torch.arange(VOCAB)
-            columns[list(ALIAS)] = torch.tensor(ALIAS[::-1])
-            log_q = log_q[:, columns]
-        found[rollout.sample_id] = log_q
-    return found
-
-
-def scored(samples: list[Sample], log_q: dict[str, torch.Tensor]) -> list[Sample]:
-    """The same samples as if a server had scored them."""
-    made = []
-    for sample in samples:
-        log_q_LV = log_q.get(sample.rollout.sample_id)
-        if log_q_LV is not None:
-            ids = torch.tensor(sample.rollout.response_ids)
-            best = log_q_LV.topk(TOPK)
-            scores = dataclasses.replace(
-                sample.scores,
-                sampled_logprobs=log_q_LV.gather(1, ids[:, None])[:, 0].numpy(),
-                topk_ids=best.indices.numpy(),
-                topk_logprobs=best.values.numpy(),
-            )
-            sample = dataclasses.replace(sample, scores=scores)
-        made.append(sample)
-    return made
-
-
-def token_losses_of(objective: str, log_q: dict[str, torch.Tensor]) -> TokenLosses:
-    """Textbook forms: the divergence over all tokens, or over a set and one bucket for the rest."""
-    if objective == "sampled":
-        return TOKEN_LOSSES["sampled_token"]
-    if objective == "teacher_topk":
-        return TOKEN_LOSSES["topk_support"]
-
-    def losses(log_p: torch.Tensor, pi: torch.Tensor, sample: Sample) -> torch.Tensor:
-        q_LV = log_q[sample.rollout.sample_id]
-        p, q = log_p.exp(), q_LV.exp()
-        if objective == "full reverse_kl":
-            return (p * (log_p - q_LV)).sum(1)
-        if objective == "full forward_kl":
-            return (q * (q_LV - log_p)).sum(1)
-        if objective == "full jsd":
-            m = 0.3 * q + 0.7 * p
-            return (0.3 * q * (q_LV - m.log()) + 0.7 * p * (log_p - m.log())).sum(1)
-        inside = torch.zeros_like(log_p)
-        for one in (log_p.detach(), q_LV):
-            inside.scatter_(1, one.topk(TOPK).indices, 1.0)
-        rest_p, rest_q = 1 - (inside * p).sum(1), 1 - (inside * q).sum(1)
-        within = (inside * p * (log_p - q_LV)).sum(1)
-        return within + rest_p * (rest_p.log() - rest_q.log())
-
-    return losses
 
 
 # ---------------------------------------------------------------- a case
@@ -344,7 +274,7 @@ def _topk_of(state: Any, index: Any, read: Any, given: list[int]) -> list[torch.
 def teachers(work: Path) -> dict[str, Any]:
     layouts = LAYOUTS if dist.get_world_size() == 2 else COMBINED
     batches = {False: work / "mixed.safetensors", True: work / "in_process.safetensors"}
-    routes = {False: ("small", "served", "big"), True: ("small", "big")}
+    routes = {False: ("small", "served", "big"), True: ("small", "big", *MEANS)}
     samples = {exact: samples_of(names) for exact, names in routes.items()}
     references: dict[str, Reference] = {}
     log_q: dict[bool, dict[str, torch.Tensor]] = {}

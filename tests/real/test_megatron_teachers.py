@@ -1,8 +1,10 @@
 """Teachers inside the learner: scores, losses and gradients in every layout.
 
 The worker compares three teachers of one batch (one of another size, with an alias and offloaded weights, one whose
-samples bring their scores along) with `transformers` in float64. Agreement with a real SGLang teacher is in
-test_sglang_contract.py, a whole run in test_in_process_run.py. Not covered: CUDA, where offloaded weights are pinned.
+samples bring their scores along), and an arithmetic and a geometric mean of two of them, with `transformers` in
+float64. Agreement with a real SGLang teacher is in test_sglang_contract.py, a whole run in
+test_in_process_run.py. Not covered:
+CUDA, where offloaded weights are pinned.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ import psutil
 import pytest
 from inside_learner import asked_twice
 from record_answers import record
+from served_targets import check_targets
 from tiny_servers import (
     VOCAB,
     RunningServer,
@@ -151,6 +152,15 @@ def test_a_teacher_inside_the_learner_says_what_the_server_says(
     seen = call(server, lambda client: asked_twice(client, PROMPTS, *models, tmp_path))
     assert seen.same_topk_ids and seen.num_tokens > 20 and seen.kl > 0.1
     assert max(seen.sampled_nats, seen.topk_nats) < 1e-3
+
+
+def test_every_target_support_and_route_agrees_with_the_whole_vocabulary(server: Fixture) -> None:
+    model = server.models["first"]
+    seen = call(server, lambda client: check_targets(client, PROMPTS, model))
+    print(seen)
+    assert seen.num_tokens > 10 and seen.student_ids_differ == 0
+    assert seen.exact_error < 1e-3 and seen.beyond_error < 1e-3
+    assert seen.beyond_left_out < 1e-4 < seen.left_out
 
 
 def test_scores_and_the_whole_distribution_equal_transformers(server: Fixture) -> None:

@@ -31,10 +31,15 @@ from opd_megatron.config.schema.running import (
     PreflightConfig,
     WeightSyncConfig,
 )
+from opd_megatron.config.schema.teaching import DRAWS, MAX_MEMBERS, MEANS, SWITCHES, TeachingConfig
 
 __all__ = [
+    "DRAWS",
+    "MAX_MEMBERS",
+    "MEANS",
     "SUPERVISED_ESTIMATOR",
     "SUPPORTS",
+    "SWITCHES",
     "BatchConfig",
     "CheckpointConfig",
     "ControllerConfig",
@@ -53,6 +58,7 @@ __all__ = [
     "StudentConfig",
     "TaskConfig",
     "TeacherConfig",
+    "TeachingConfig",
     "WeightSyncConfig",
     "WhiteningConfig",
 ]

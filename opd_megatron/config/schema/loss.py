@@ -47,6 +47,10 @@ class ObjectiveConfig:
     support: str = choice("teacher_topk", *SUPPORTS)
     topk: int = number(64, 1)
     measure: str = choice("tail_bucket", "tail_bucket", "renormalized", "raw", "generalized")
+    # Served teachers, tokens that their top-K may not have (teacher/routes.py): how they are asked, and what `auto`
+    # may spend on it, of one teacher's answers.
+    support_route: str = choice("auto", "auto", "whole", "listed", "larger_topk")
+    route_bytes_per_token: int = number(16384, 64)
     # Find the student's own top-K too, to report how much of the teacher's it shares.
     report_overlap: bool = False
     # Of `topk_surrogate`.

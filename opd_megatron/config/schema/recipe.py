@@ -24,6 +24,7 @@ from opd_megatron.config.schema.running import (
     PreflightConfig,
     WeightSyncConfig,
 )
+from opd_megatron.config.schema.teaching import TeachingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,7 @@ class Recipe:
     max_staleness: int = number(0, 0)
     student: StudentConfig = field(default_factory=StudentConfig)
     teachers: dict[str, TeacherConfig] = field(default_factory=dict[str, TeacherConfig])
+    teaching: TeachingConfig = field(default_factory=TeachingConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)

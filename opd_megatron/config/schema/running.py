@@ -9,7 +9,7 @@ from opd_megatron.config.schema.fields import choice, number
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Prompts. Paths are relative to the recipe file. Rows: `prompt`, optional `answer`, `teacher`, `id`.
+    """Prompts. Paths are relative to the recipe file. Rows: `prompt`, optional `answer`, `teacher`, `domain`, `id`.
 
     Supervised training also needs the response: in `response`, or as the last message of `prompt`.
     """
@@ -22,6 +22,8 @@ class DataConfig:
     max_prompt_tokens: int = number(1024, 1)
     max_bad_rows_frac: float = number(0.01, 0.0, 1.0)
     shuffle: bool = True
+    # Deal the domains of the rows in turn, so that each has an equal share of every step.
+    alternate_domains: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +50,11 @@ class WeightSyncConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """Held-out evaluation: mean@n accuracy at its own temperature, and the KL to the teacher."""
+    """Held-out evaluation: mean@n accuracy at its own temperature, and the KL to the teachers.
+
+    `teacher`: the one that the series without a teacher's name are of, and under whose control text the student
+    answers for them; empty: the first.
+    """
 
     grader: str = "exact_match"
     every: int = number(0, 0)
@@ -56,6 +62,7 @@ class EvaluationConfig:
     samples_per_problem: int = number(8, 1)
     temperature: float = number(1.0, 0.0, 10.0)
     kl_problems: int = number(64, 0)
+    teacher: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ import pytest
 from opd_megatron.config.recipes import load_recipe
 from opd_megatron.config.schema import ObjectiveConfig, Recipe, TaskConfig
 from opd_megatron.controller.samples import SampleMaker
+from opd_megatron.controller.teaching import wanted_of
 from opd_megatron.data.chat import ChatTokenizer, load_chat_tokenizer
 from opd_megatron.errors import ContractError
 from opd_megatron.exchange.batch_file import read_index, read_whole, write_batch
@@ -79,10 +80,11 @@ def test_an_aliased_token_inside_a_response_does_not_train(
 def test_k_is_what_the_loss_needs_and_no_more_than_the_vocabulary(
     demo: Recipe, tokenizer: ChatTokenizer
 ) -> None:
-    assert SampleMaker(demo, tokenizer, {}).topk == 0
+    assert wanted_of(demo, tokenizer.vocab_size).topk == 0
     for topk, wanted in ((8, 8), (500, tokenizer.vocab_size)):
         objective = ObjectiveConfig(estimator="support_matching", topk=topk)
-        assert SampleMaker(replace(demo, objective=objective), tokenizer, {}).topk == wanted
+        recipe = replace(demo, objective=objective)
+        assert wanted_of(recipe, tokenizer.vocab_size).topk == wanted
 
 
 def test_a_graded_response_travels_with_its_reward(
@@ -128,6 +130,6 @@ def test_a_teacher_inside_the_learner_is_asked_for_no_topk(
     demo: Recipe, tokenizer: ChatTokenizer
 ) -> None:
     recipe = replace(demo, objective=ObjectiveConfig(estimator="support_matching", topk=4))
-    assert SampleMaker(recipe, tokenizer, {}).topk == 4
+    assert wanted_of(recipe, tokenizer.vocab_size).topk == 4
     inside = replace(demo.teachers["main"], engine="in_process")
-    assert SampleMaker(replace(recipe, teachers={"main": inside}), tokenizer, {}).topk == 0
+    assert wanted_of(replace(recipe, teachers={"main": inside}), tokenizer.vocab_size).topk == 0

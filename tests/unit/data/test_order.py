@@ -7,7 +7,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opd_megatron.data.order import PromptOrder, permutation
+from opd_megatron.data.order import AlternatingOrder, PromptOrder, permutation
 
 sizes = st.integers(1, 300)
 seeds = st.integers(0, 2**31 - 1)
@@ -54,3 +54,16 @@ def test_first_place_is_uniform() -> None:
     counts = Counter(permutation("content", seed, 0, 8)[0] for seed in range(8000))
     # 1000 expected in each; 6 standard deviations are 178.
     assert all(822 < counts[index] < 1178 for index in range(8))
+
+
+def test_domains_alternate_and_each_is_passed_in_its_own_order() -> None:
+    domains = ["b", "a", None, "a", "b", "a"]
+    order = AlternatingOrder("hash", 3, domains, shuffle=True)
+    seen = [order.index_at(position) for position in range(18)]
+    assert [domains[index] for _, index in seen[:3]] == [None, "a", "b"]
+    assert [domains[index] for _, index in seen] == [None, "a", "b"] * 6
+    first_pass = [index for epoch, index in seen[1::3] if epoch == 0]
+    assert sorted(first_pass) == [1, 3, 5]
+    assert [epoch for epoch, _ in seen[0::3]] == [0, 1, 2, 3, 4, 5]
+    again = AlternatingOrder("hash", 3, domains, shuffle=True)
+    assert [again.index_at(position) for position in reversed(range(18))] == seen[::-1]

@@ -27,7 +27,7 @@ def demo() -> Recipe:
     [
         (["objective.estimator=k3_differentiated"], "descends KL(q || pi)"),
         (["rollout.temperature=0.7"], "rollout.temperature=0.7"),
-        (["objective.estimator=support_matching", "objective.support=full"], "does not score"),
+        (["objective.estimator=support_matching", "objective.support=full"], "no list of tokens"),
         (
             [
                 *("teachers.main.engine=in_process", "objective.estimator=support_matching"),

@@ -19,7 +19,7 @@ from opd_megatron.losses.catalog import OBJECTIVES, Objective, find_objective
 from opd_megatron.losses.combinations import check_in_process, check_served, check_settings
 from opd_megatron.losses.divergences import DIVERGENCES, make_divergence
 from opd_megatron.losses.estimators import ESTIMATORS
-from opd_megatron.losses.settings import SERVED_SUPPORTS, SUPPORT_ESTIMATORS, LossSettings
+from opd_megatron.losses.settings import SUPPORT_ESTIMATORS, LossSettings
 from opd_megatron.losses.support_matching import NORMALIZATIONS, TOKEN_WEIGHTS
 from opd_megatron.losses.supports import SUPPORTS
 from opd_megatron.losses.token_loss import make_token_loss
@@ -177,16 +177,29 @@ def test_what_is_exact_needs_no_permission() -> None:
         check_settings(LossSettings(whitening=group, task=TASK, correction=correction))
 
 
-def test_supports_beyond_what_a_server_sends_are_refused_for_served_teachers() -> None:
+def test_the_whole_vocabulary_is_no_list_and_refused_for_served_teachers() -> None:
     for name in SUPPORTS:
         settings = objective(estimator="support_matching", support=name)
-        if name in SERVED_SUPPORTS:
+        if name != "full":
             check_served(settings, ["main"])
-        else:
-            with pytest.raises(ConfigError, match="does not score") as caught:
-                check_served(settings, ["main"])
-            assert f"objective.support={name!r}" in str(caught.value)
-            assert "teachers.main.engine=in_process" in str(caught.value)
+            continue
+        with pytest.raises(ConfigError, match="sends lists") as caught:
+            check_served(settings, ["main"])
+        assert "objective.support='full'" in str(caught.value)
+        assert "teachers.main.engine=in_process" in str(caught.value)
+
+
+def test_the_overlap_of_a_list_that_is_not_the_teacher_s_own_is_not_reported() -> None:
+    settings = LossSettings(
+        objective=ObjectiveConfig(
+            estimator="support_matching", support="union", report_overlap=True
+        ),
+        served_lists=True,
+        only_served=True,
+    )
+    assert settings.student_topk == 0 and not settings.reports_overlap
+    with pytest.raises(ConfigError, match=r"objective\.report_overlap"):
+        check_served(settings, ["main"])
 
 
 def test_the_surrogate_of_a_list_of_tokens_is_refused_over_the_whole_vocabulary() -> None:

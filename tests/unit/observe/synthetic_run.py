@@ -73,6 +73,8 @@ def step_metrics(step: int, steps: int, noise: random.Random) -> dict[str, float
         "train/support_teacher_mass": 0.99,
         "train/support_overlap_frac": 0.9 - 0.3 * kl,
         "train/special_masked_frac": 0.0,
+        "teacher/share/weak": 1.0 - step / steps,
+        "teacher/share/good": step / steps,
         "offpolicy/age_mean": 0.0,
         "offpolicy/age_max": 0,
         "offpolicy/logprob_diff_mean": 4e-7 * math.exp(noise.gauss(0, 0.2)),
@@ -108,6 +110,10 @@ def evaluation_metrics(step: int, steps: int) -> dict[str, float]:
         "eval/heldout/kl_reverse": 0.62 - 0.55 * progress,
         "eval/heldout/kl_forward": 0.51 - 0.44 * progress,
         "eval/heldout/teacher_accuracy": 0.966,
+        "eval/heldout/kl_reverse_to/weak": 0.1 + 0.4 * progress,
+        "eval/heldout/kl_reverse_to/good": 0.62 - 0.55 * progress,
+        "eval/heldout/accuracy_as/weak": 0.35 + 0.2 * progress,
+        "eval/heldout/accuracy_as/good": 0.35 + 0.56 * progress,
         "perf/eval_s": 2.1,
     }
 

@@ -34,7 +34,7 @@ def test_names_are_unique_and_meanings_are_one_sentence() -> None:
     assert len(METRICS_BY_NAME) == len(METRICS)
     for metric in METRICS:
         assert metric.meaning.endswith(".") and ". " not in metric.meaning, metric.name
-        assert re.fullmatch(r"[a-z]+(/[a-z0-9_]+){1,2}(/[0-9+-]+)?", metric.name)
+        assert re.fullmatch(r"[a-z]+(/[a-z0-9_]+){1,2}(/[0-9+-]+|/<teacher>)?", metric.name)
 
 
 def test_units_in_names_agree_with_the_unit_column() -> None:

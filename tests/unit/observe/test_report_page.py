@@ -77,6 +77,12 @@ def test_the_headline_is_that_of_the_summary(whole: Path) -> None:
     assert "finished, 80 steps" in text and "restarted before step 41" in text
 
 
+def test_series_of_teachers_are_curves_with_their_names_and_rows_of_the_table(whole: Path) -> None:
+    text = whole.read_text()
+    assert text.count(">weak</tspan>") + text.count(">weak</text>") >= 3
+    assert "eval/heldout/kl_reverse_to/good" in text and "<teacher>" not in text
+
+
 def test_every_picture_marks_the_restart(whole: Path) -> None:
     assert whole.read_text().count(">restart</text>") == NUM_PANELS + 1
 
