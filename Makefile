@@ -72,6 +72,10 @@ bench-loss: install ## Measure the loss against the packaged peers; DEVICE=cuda 
 	@benchmarks/peers.sh
 	$(BIN)/python -m benchmarks.loss --device $(DEVICE) --write-docs $(ARGS)
 
+.PHONY: bench-transport
+bench-transport: install ## Measure what a teacher's scores cost to send: bytes and seconds a token by K (ARGS='--run RUN', ARGS=--quick)
+	$(BIN)/python -m benchmarks.transport --write-docs $(ARGS)
+
 .PHONY: bench-step
 bench-step: install ## Measure the learner's step against bare Megatron and its memory against the estimate (ARGS=--quick)
 	$(BIN)/python -m benchmarks.step --device $(DEVICE) --write-docs $(ARGS)

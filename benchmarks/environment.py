@@ -13,7 +13,7 @@ import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 # A run writes these itself, so they do not make the code it measured another one.
-_WRITTEN_BY_RUNS = ("benchmarks/results", "docs/benchmarks.md")
+_WRITTEN_BY_RUNS = ("benchmarks/results", "docs/benchmarks.md", "docs/transport.md")
 _SHARED_PACKAGES = ("torch", "megatron-core", "transformers", "numpy")
 
 
