@@ -8,7 +8,10 @@ the procedure (greedy decoding is right) but samples badly. That is what a base 
 before on-policy distillation, and why a small budget is enough; a student that has not understood
 the task would need far more.
 
-Both are ordinary Hugging Face directories (config, generation config, fp32 safetensors, tokenizer).
+Three more teachers, for a curriculum, go on from the student with less and less noise; they are saved in bf16, in half
+the bytes.
+
+All are ordinary Hugging Face directories (config, generation config, safetensors, tokenizer).
 The data comes along: distinct prompts of `add2`, so `train.jsonl` never meets `heldout.jsonl`; and
 `demonstrations.jsonl`, right derivations for supervised training.
 
@@ -19,6 +22,7 @@ bytes; another CPU gives models of the same quality, not the same digits.
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import random
 import time
@@ -73,6 +77,13 @@ class Training:
 
 TEACHER = Training(num_layers=3, num_steps=500, batch_size=128, digit_noise=0.0, seed=100)
 STUDENT = Training(num_layers=2, num_steps=900, batch_size=64, digit_noise=0.11, seed=0)
+# Of a curriculum, in the order of their quality; each goes on from the one before, the first from the student.
+CURRICULUM = {
+    name: Training(
+        num_layers=2, num_steps=120, batch_size=64, digit_noise=noise, seed=seed, peak_lr=1e-3
+    )
+    for name, noise, seed in (("early", 0.07, 201), ("middle", 0.045, 202), ("late", 0.025, 203))
+}
 
 
 def new_model(num_layers: int, seed: int) -> Qwen3ForCausalLM:
@@ -208,6 +219,20 @@ def make_model(training: Training, directory: Path) -> None:
     model = new_model(training.num_layers, training.seed)
     train(model, training, all_prompts(held_out=False))
     save_model(model, directory)
+    _report(model, directory, started)
+
+
+def make_curriculum(student: Path, out: Path) -> None:
+    """Train the teachers of the curriculum from a student, and save each as `out/teacher_NAME` in bf16."""
+    model = Qwen3ForCausalLM.from_pretrained(student, dtype=torch.float32)
+    for name, training in CURRICULUM.items():
+        started = time.monotonic()
+        train(model, training, all_prompts(held_out=False))
+        save_model(copy.deepcopy(model).bfloat16(), out / f"teacher_{name}")
+        _report(model, out / f"teacher_{name}", started)
+
+
+def _report(model: Qwen3ForCausalLM, directory: Path, started: float) -> None:
     heldout = random.Random(DATA_SEED).sample(all_prompts(held_out=True), NUM_HELDOUT)
     greedy = accuracy(model, heldout, 0, seed=0)
     sampled = accuracy(model, heldout, 8, seed=0)
@@ -227,6 +252,7 @@ def main() -> None:
     write_demonstrations(out / "demonstrations.jsonl", NUM_DEMONSTRATIONS, DATA_SEED)
     make_model(TEACHER, out / "teacher")
     make_model(STUDENT, out / "student")
+    make_curriculum(out / "student", out)
 
 
 if __name__ == "__main__":

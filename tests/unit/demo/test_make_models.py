@@ -31,11 +31,20 @@ def shipped_heldout() -> list[str]:
     return [json.loads(line)["prompt"] for line in (SHIPPED / "heldout.jsonl").open()][:96]
 
 
-@pytest.mark.parametrize(("name", "low", "high"), [("teacher", 0.95, 1.0), ("student", 0.28, 0.40)])
+@pytest.mark.parametrize(
+    ("name", "low", "high"),
+    [
+        ("student", 0.28, 0.40),
+        ("teacher_early", 0.42, 0.57),
+        ("teacher_middle", 0.55, 0.69),
+        ("teacher_late", 0.69, 0.84),
+        ("teacher", 0.95, 1.0),
+    ],
+)
 def test_shipped_model_knows_the_task_and_samples_as_intended(
     name: str, low: float, high: float
 ) -> None:
-    model = Qwen3ForCausalLM.from_pretrained(SHIPPED / name)
+    model = Qwen3ForCausalLM.from_pretrained(SHIPPED / name, dtype=torch.float32)
     assert accuracy(model, shipped_heldout(), 0, seed=0) >= 0.98
     assert low <= accuracy(model, shipped_heldout(), 8, seed=1) <= high
 
