@@ -114,7 +114,9 @@ def route_of(recipe: Recipe, vocab_size: int) -> Route | None:
     settings, objective = LossSettings.of(recipe), recipe.objective
     if not recipe.served_teachers or recipe.is_supervised:
         return None
-    is_mean = recipe.teaching.kind in MEANS or recipe.teaching.kind == "soft_switch"
+    joins = recipe.teaching.kind in MEANS or recipe.teaching.kind == "soft_switch"
+    # The members of a mean are of one engine; those inside the learner ask no server.
+    is_mean = joins and members(recipe)[0] in recipe.served_teachers
     mean = recipe.teaching.kind if recipe.teaching.kind in MEANS else recipe.teaching.mean
     topk = settings.teacher_topk
     if topk == 0 and is_mean and mean == "geometric_mean":

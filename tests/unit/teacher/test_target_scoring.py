@@ -277,3 +277,14 @@ def recipe(support: str, kind: str = "rows", estimator: str = "support_matching"
 def test_a_recipe_asks_for_no_more_than_it_needs(made: Recipe, kind: str | None) -> None:
     route = route_of(made, 151_936)
     assert (None if route is None else route.kind) == kind
+
+
+def test_a_mean_inside_the_learner_does_not_make_servers_answer_more() -> None:
+    inside = {name: TeacherConfig(path=name, engine="in_process") for name in "ab"}
+    made = Recipe(
+        teachers={**inside, "c": TeacherConfig(path="c")},
+        objective=ObjectiveConfig(estimator="support_matching", topk=8),
+        teaching=TeachingConfig(kind="arithmetic_mean", weights={"a": 1.0, "b": 1.0}),
+    )
+    route = route_of(made, 151_936)
+    assert route is not None and route.kind == "topk" and route.topk == 8
