@@ -69,6 +69,14 @@ class RoleDied(OpdError):
     """A process of the run ended when it should not have."""
 
 
+class Preempted(OpdError):
+    """The run was asked to make room; what it had trained is committed."""
+
+
+class Fenced(ConfigError):
+    """Another attempt of the same run began while this one was alive: this one may write nothing more."""
+
+
 class NumericsError(OpdError):
     """Log-probs of two engines, or a loss, are not what they must be; retrying will not help."""
 

@@ -12,6 +12,8 @@ weights/v000020/         published Hugging Face directories, newest few   learne
 logs/attempt_1/<role>/   output of every process; logs/latest             launch
 attempts/1/              mailbox, step batches, endpoints, keys (0600)    launch, controller
 run.lock                 held while the run is alive                      launch
+slurm/                   the job: its script, role table, job ids, owner  launch
+DONE                     the run reached its end (cluster jobs)           launch
 """
 
 from __future__ import annotations
@@ -97,6 +99,15 @@ class RunDir:
         return self.root / "run.lock"
 
     @property
+    def slurm(self) -> SlurmDir:
+        return SlurmDir(self.root / "slurm")
+
+    @property
+    def done(self) -> Path:
+        """Made when the run reached its last step and its report is written: nothing is left to do."""
+        return self.root / "DONE"
+
+    @property
     def logs(self) -> Path:
         return self.root / "logs"
 
@@ -154,3 +165,65 @@ class AttemptDir:
     def finishing(self) -> Path:
         """Made by the controller once all work is committed: the other roles may end from then on."""
         return self.root / "finishing"
+
+    @property
+    def number(self) -> int:
+        return int(self.root.name)
+
+    @property
+    def stop_requested(self) -> Path:
+        """Made by whoever hears that the machines will be taken away: the controller commits and ends."""
+        return self.root / "stop_requested"
+
+    @property
+    def ended(self) -> Path:
+        """Holds the attempt's exit code (cluster jobs): every other process of it ends from then on."""
+        return self.root / "ended"
+
+    @property
+    def nodes(self) -> Path:
+        """Where each node of a cluster job says its address and servers: `<role>-<node>.json`."""
+        return self.root / "nodes"
+
+    def is_newest(self) -> bool:
+        """Whether no later attempt has begun. Numbers are given out by an exclusive mkdir, on any file system."""
+        return not any(
+            int(p.name) > self.number for p in self.root.parent.iterdir() if p.name.isdigit()
+        )
+
+
+@dataclass(frozen=True)
+class SlurmDir:
+    """What belongs to the job of a run rather than to one attempt."""
+
+    root: Path
+
+    @property
+    def script(self) -> Path:
+        """The batch script, as submitted."""
+        return self.root / "job.sh"
+
+    @property
+    def table(self) -> Path:
+        """Roles and their places, read by every node."""
+        return self.root / "roles.json"
+
+    @property
+    def jobs(self) -> Path:
+        """Job ids, one a line, oldest first."""
+        return self.root / "jobs"
+
+    @property
+    def owner(self) -> Path:
+        """The id of the job that may begin attempts."""
+        return self.root / "owner"
+
+    @property
+    def log(self) -> Path:
+        """Output of the batch script and of the controller, over all attempts."""
+        return self.root / "job.log"
+
+    @property
+    def bad_nodes(self) -> Path:
+        """Names of nodes that failed their check, one a line."""
+        return self.root / "bad_nodes"

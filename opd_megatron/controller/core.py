@@ -13,6 +13,10 @@ by (position, attempt).
 Where the responses are given (`publish_always` is false) no server needs the new weights before the next evaluation,
 so SyncWeights comes only before an evaluation and at the end. Asynchronous (off-policy) schedules are left out of this
 version.
+
+A request to stop (the machines will be taken away) drops the rollouts of the step under way, which stay in flight in
+the ledger and are issued again first; a step that is being trained is finished, with its evaluation. Then what
+is not yet committed is saved, and the core suspends.
 """
 
 from __future__ import annotations
@@ -37,6 +41,8 @@ from opd_megatron.controller.protocol import (
     Score,
     Scored,
     Started,
+    StopRequested,
+    Suspend,
     Synced,
     SyncWeights,
     Train,
@@ -76,6 +82,7 @@ class Core:
         self.evaluated_step = -1 if state is None else int(state["evaluated_step"])
         self.saved_step = self.recorded_step = -1 if state is None else self.step
         self.finished = False
+        self._stopping = self._collecting = False
         self._attempts: dict[int, int] = {}
         self._ready: dict[int, tuple[Sample, ...]] = {}
         self._training: tuple[int, ...] = ()
@@ -121,6 +128,8 @@ class Core:
             case Saved():
                 self.saved_step = event.step
                 return self._after_step()
+            case StopRequested():
+                return self._stop_requested()
 
     @property
     def nothing_left(self) -> bool:
@@ -154,7 +163,7 @@ class Core:
             return []
         positions = tuple(sorted(self._ready))
         samples = tuple(sample for p in positions for sample in self._ready[p])
-        self._training, self._ready = positions, {}
+        self._training, self._ready, self._collecting = positions, {}, False
         return [Train(self.step + 1, self.version, positions, samples)]
 
     def _prompt_failed(self, event: PromptFailed) -> list[Action]:
@@ -233,7 +242,20 @@ class Core:
             return [*actions, Finish()]
         return [*actions, *self._begin_step()]
 
+    def _stop_requested(self) -> list[Action]:
+        was_collecting, self._stopping = self._collecting, True
+        if not was_collecting:
+            return []
+        self._attempts, self._ready, self._collecting = {}, {}, False
+        return self._after_step()
+
     def _begin_step(self) -> list[Action]:
+        if self._stopping:
+            if self.step > max(self.saved_step, 0):
+                return [Save(self.step, self.state())]
+            self.finished = True
+            return [Suspend()]
+        self._collecting = True
         return [self._issue() for _ in range(self.settings.prompts_per_step)]
 
     def _abort(self, message: str, retryable: bool) -> list[Action]:

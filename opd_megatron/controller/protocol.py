@@ -69,7 +69,22 @@ class Saved:
     step: int
 
 
-Event = Started | Generated | Scored | PromptFailed | Trained | Synced | Evaluated | Saved
+@dataclass(frozen=True)
+class StopRequested:
+    """The machines will be taken away soon: commit what there is and end."""
+
+
+Event = (
+    Started
+    | Generated
+    | Scored
+    | PromptFailed
+    | Trained
+    | Synced
+    | Evaluated
+    | Saved
+    | StopRequested
+)
 
 # ---------------------------------------------------------------- actions
 
@@ -132,6 +147,11 @@ class Finish:
 
 
 @dataclass(frozen=True)
+class Suspend:
+    """Everything trained so far is committed; another attempt goes on from there."""
+
+
+@dataclass(frozen=True)
 class Abort:
     """Stop the run. `retryable` chooses exit code 75 over 78."""
 
@@ -139,4 +159,6 @@ class Abort:
     retryable: bool
 
 
-Action = Evaluate | Generate | Score | Train | SyncWeights | RecordStep | Save | Finish | Abort
+Action = (
+    Evaluate | Generate | Score | Train | SyncWeights | RecordStep | Save | Finish | Suspend | Abort
+)

@@ -25,11 +25,19 @@ from opd_megatron.controller.given import given_rollout, given_scores
 from opd_megatron.controller.publishing import Publisher
 from opd_megatron.controller.roles import Roles
 from opd_megatron.controller.samples import SampleMaker
+from opd_megatron.controller.stop import WATCH_NAME, refuse_if_fenced, watch_for_stop
 from opd_megatron.controller.stopwatch import Stopwatch
 from opd_megatron.controller.teaching import Teaching, teaching_metrics
 from opd_megatron.data.chat import ChatTokenizer
 from opd_megatron.data.prompts import PromptSet
-from opd_megatron.errors import ContractError, NumericsError, OpdError, RequestRefused, RoleDied
+from opd_megatron.errors import (
+    ContractError,
+    NumericsError,
+    OpdError,
+    Preempted,
+    RequestRefused,
+    RoleDied,
+)
 from opd_megatron.exchange.batch_file import write_batch
 from opd_megatron.observe.console import RunConsole
 from opd_megatron.observe.waiting import WaitNotice
@@ -89,6 +97,7 @@ class Service:
         Raises:
             OpdError: whatever ended the run early.
         """
+        self._tasks.add(self._watch_for_stop())
         try:
             event: protocol.Event | BaseException = protocol.Started()
             while not self._do(self.core.on(event)):
@@ -105,8 +114,12 @@ class Service:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
+    def _watch_for_stop(self) -> asyncio.Task[None]:
+        watching = watch_for_stop(self.context.attempt, self._events.put)
+        return asyncio.create_task(watching, name=WATCH_NAME)
+
     def _pending(self) -> str:
-        names = sorted({task.get_name() for task in self._tasks})
+        names = sorted({task.get_name() for task in self._tasks} - {WATCH_NAME})
         return ", ".join(names) or "nothing"
 
     def _prompt(self, position: int) -> Prompt:
@@ -120,6 +133,8 @@ class Service:
                     self._record(action)
                 case protocol.Finish():
                     return True
+                case protocol.Suspend():
+                    raise Preempted(f"asked to stop: committed at step {self.core.step}")
                 case protocol.Abort(message, retryable):
                     raise RoleDied(message) if retryable else NumericsError(message)
                 case _:
@@ -260,6 +275,7 @@ class Service:
 
     async def _save(self, action: protocol.Save) -> protocol.Event:
         begin = time.monotonic()
+        refuse_if_fenced(self.context.attempt)
         await self._committer.make(action.step, action.state)
         self._checkpoint_s = time.monotonic() - begin
         return protocol.Saved(action.step)

@@ -47,11 +47,13 @@ class World:
         seed: int,
         fault_rate: float = 0.1,
         kill_rate: float = 0.02,
+        stop_rate: float = 0.01,
         settings: CoreSettings = SETTINGS,
     ) -> None:
         self.settings = settings
         self.random = random.Random(seed)
-        self.fault_rate, self.kill_rate = fault_rate, kill_rate
+        self.fault_rate, self.kill_rate, self.stop_rate = fault_rate, kill_rate, stop_rate
+        self.suspensions = 0
         self.commit: dict | None = None
         self.committed_lineage: list[tuple[int, tuple[int, ...]]] = []
         self.kills = 0
@@ -63,6 +65,7 @@ class World:
         self.server_version = self.core.version
         self.pending: list[p.Action] = []
         self.outcome: p.Finish | p.Abort | None = None
+        self.suspended = False
         self.take(self.core.on(p.Started()))
 
     def take(self, actions: list[p.Action]) -> None:
@@ -72,6 +75,11 @@ class World:
                     self.lineage.append((action.step, action.positions))
             elif isinstance(action, p.Finish | p.Abort):
                 self.outcome = action
+            elif isinstance(action, p.Suspend):
+                # Nothing that was trained may be missing from the commit.
+                assert self.committed_lineage == self.lineage
+                self.suspensions += 1
+                self.suspended = True
             else:
                 self.pending.append(action)
 
@@ -121,10 +129,17 @@ class World:
                 self.kills += 1
                 self.boot()
                 continue
+            if self.random.random() < self.stop_rate:
+                self.take(self.core.on(p.StopRequested()))
+            if self.suspended:
+                self.boot()
+                continue
             action = self.pending.pop(self.random.randrange(len(self.pending)))
             for event in self.answer(action):
                 self.take(self.core.on(event))
                 self.core.ledger.check()
+            if self.suspended:
+                self.boot()
         raise AssertionError("did not end")
 
 
@@ -134,11 +149,12 @@ def test_every_schedule_ends_with_each_prompt_trained_once(
     block: int, publish_always: bool
 ) -> None:
     outcomes: Counter[str] = Counter()
-    kills = 0
+    kills = suspensions = 0
     for seed in range(block * 250, block * 250 + 250):
         world = World(seed, settings=replace(SETTINGS, publish_always=publish_always))
         outcome = world.run()
         kills += world.kills
+        suspensions += world.suspensions
         outcomes[type(outcome).__name__] += 1
         if isinstance(outcome, p.Abort):
             assert "in a row" in outcome.message
@@ -151,12 +167,12 @@ def test_every_schedule_ends_with_each_prompt_trained_once(
         assert ledger.in_flight == frozenset()
         assert ledger.issued == len(trained) + sum(ledger.rejected.values())
         assert set(trained) <= set(range(ledger.issued))
-    assert kills > 100, "the faults must fire"
+    assert kills > 100 and suspensions > 100, "the faults must fire"
     assert outcomes["Finish"] > 200
 
 
 def test_without_faults_positions_are_trained_in_order() -> None:
-    world = World(seed=1, fault_rate=0.0, kill_rate=0.0)
+    world = World(seed=1, fault_rate=0.0, kill_rate=0.0, stop_rate=0.0)
     assert isinstance(world.run(), p.Finish)
     assert [positions for _, positions in world.lineage] == [
         (3 * s, 3 * s + 1, 3 * s + 2) for s in range(SETTINGS.steps)
@@ -165,7 +181,7 @@ def test_without_faults_positions_are_trained_in_order() -> None:
 
 def test_weights_of_given_responses_are_published_for_evaluations_and_at_the_end_only() -> None:
     settings = replace(SETTINGS, publish_always=False)
-    world = World(seed=1, fault_rate=0.0, kill_rate=0.0, settings=settings)
+    world = World(seed=1, fault_rate=0.0, kill_rate=0.0, stop_rate=0.0, settings=settings)
     honest, published = world.answer, []
 
     def answer(action: p.Action) -> list[p.Event]:
@@ -176,10 +192,29 @@ def test_weights_of_given_responses_are_published_for_evaluations_and_at_the_end
     world.answer = answer  # type: ignore[method-assign]
     assert isinstance(world.run(), p.Finish)
     assert published == [3, 6, 7]
+def test_a_stop_while_prompts_are_out_commits_at_once_and_keeps_them_in_flight() -> None:
+    core = Core(SETTINGS)
+    core.step, core.recorded_step, core.evaluated_step = 1, 1, 1
+    issued = core.on(p.Started())
+    assert [type(action) for action in issued] == [p.Generate] * SETTINGS.prompts_per_step
+    (save,) = core.on(p.StopRequested())
+    assert isinstance(save, p.Save)
+    assert save.state["ledger"]["in_flight"] == [0, 1, 2]
+    assert core.on(p.Generated(0, 1, rollouts(0, 1))) == []
+    assert core.on(p.Saved(1)) == [p.Suspend()]
+    resumed = Core(SETTINGS, copy.deepcopy(save.state))
+    assert resumed.on(p.Started()) == issued
+
+
+def test_a_stop_before_the_first_step_saves_nothing() -> None:
+    core = Core(SETTINGS)
+    assert core.on(p.Started()) == [p.Evaluate(0)]
+    assert core.on(p.StopRequested()) == []
+    assert core.on(p.Evaluated(0))[-1:] == [p.Suspend()]
 
 
 def test_steps_not_applied_in_a_row_stop_the_run_with_the_reason() -> None:
-    world = World(seed=1, fault_rate=0.0, kill_rate=0.0)
+    world = World(seed=1, fault_rate=0.0, kill_rate=0.0, stop_rate=0.0)
     honest = world.answer
 
     def poisoned(action: p.Action) -> list[p.Event]:
@@ -195,7 +230,7 @@ def test_steps_not_applied_in_a_row_stop_the_run_with_the_reason() -> None:
 
 
 def test_updates_that_were_not_applied_are_counted_in_the_row_of_the_step() -> None:
-    world = World(seed=1, fault_rate=0.0, kill_rate=0.0)
+    world = World(seed=1, fault_rate=0.0, kill_rate=0.0, stop_rate=0.0)
     honest, recorded = world.answer, []
 
     def poisoned_once(action: p.Action) -> list[p.Event]:
@@ -220,7 +255,7 @@ def test_updates_that_were_not_applied_are_counted_in_the_row_of_the_step() -> N
 
 
 def test_a_step_in_which_every_prompt_is_refused_stops_the_run() -> None:
-    world = World(seed=1, fault_rate=0.0, kill_rate=0.0)
+    world = World(seed=1, fault_rate=0.0, kill_rate=0.0, stop_rate=0.0)
     honest = world.answer
 
     def refuse(action: p.Action) -> list[p.Event]:
