@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from opd_megatron.cli import artifacts, estimate, objectives, recipes, runs, validate
+from opd_megatron.cli import artifacts, estimate, objectives, recipes, runs, slurm, validate
 from opd_megatron.errors import EXIT_CONFIG, OpdError, StorageError
 
 _USAGE_ERROR = 2
@@ -26,6 +26,11 @@ app.command("validate")(validate.validate)
 app.add_typer(recipes.app, name="recipes")
 app.command("objectives")(objectives.objectives)
 app.command("eval")(runs.evaluate)
+app.command("submit")(slurm.submit)
+app.command("status")(slurm.status)
+app.command("logs")(slurm.logs)
+app.command("cancel")(slurm.cancel)
+app.command("resume")(slurm.resume_run)
 app.command("report")(artifacts.report)
 app.command("export")(artifacts.export)
 app.command("doctor")(artifacts.doctor)

@@ -12,6 +12,7 @@ import os
 import random
 import socket
 import tempfile
+import time
 from pathlib import Path
 from types import TracebackType
 
@@ -21,9 +22,14 @@ _FIRST, _LAST = 20000, 32000  # below 32768, where Linux starts ephemeral ports
 
 
 class PortReservations:
-    """Context manager: `reserve()` gives a loopback port; all are released at exit or death."""
+    """Context manager: `reserve()` gives a port of one address; all are released at exit or death.
 
-    def __init__(self) -> None:
+    Args:
+        address: where the port is to be bound.
+    """
+
+    def __init__(self, address: str = "127.0.0.1") -> None:
+        self._address = address
         self._folder = Path(tempfile.gettempdir()) / f"opd-ports-{os.getuid()}"
         self._handles: list[int] = []
 
@@ -50,14 +56,29 @@ class PortReservations:
         ports = list(range(_FIRST, _LAST))
         random.SystemRandom().shuffle(ports)
         for port in ports[:500]:
-            handle = os.open(
-                self._folder / str(port), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600
-            )
-            if _lock(handle) and _is_free(port):
-                self._handles.append(handle)
+            if self._take(port):
                 return port
-            os.close(handle)
-        raise ServerError(f"no free loopback port between {_FIRST} and {_LAST} in 500 tries")
+        raise ServerError(f"no free port of {self._address} from {_FIRST} to {_LAST} in 500 tries")
+
+    def reserve_again(self, port: int) -> int:
+        """A port that this role had before; a dead server's socket may take a moment to go.
+
+        Raises:
+            ServerError: somebody else has it.
+        """
+        for _ in range(50):
+            if self._take(port):
+                return port
+            time.sleep(0.1)
+        raise ServerError(f"port {port} of {self._address} is taken")
+
+    def _take(self, port: int) -> bool:
+        handle = os.open(self._folder / str(port), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        if _lock(handle) and _is_free(self._address, port):
+            self._handles.append(handle)
+            return True
+        os.close(handle)
+        return False
 
 
 def _lock(handle: int) -> bool:
@@ -68,10 +89,12 @@ def _lock(handle: int) -> bool:
     return True
 
 
-def _is_free(port: int) -> bool:
+def _is_free(address: str, port: int) -> bool:
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        # As the server does: connections of its predecessor that are still closing do not count.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("127.0.0.1", port))
+            probe.bind((address, port))
         except OSError:
             return False
     return True

@@ -12,7 +12,7 @@ from opd_megatron.config.schema import Recipe, ServerConfig
 from opd_megatron.launch.ports import PortReservations
 from opd_megatron.launch.supervisor import RoleCommand
 from opd_megatron.rundir import RunDir
-from opd_megatron.serving.command import server_command
+from opd_megatron.serving.command import LOOPBACK, server_command
 
 LEARNER_GRACE_S = 2.0
 
@@ -26,16 +26,21 @@ class Server:
     model_path: str
     config: ServerConfig
     port: int
+    address: str = LOOPBACK
 
 
-def place_servers(recipe: Recipe, ports: PortReservations) -> dict[str, list[Server]]:
-    """Servers by role: "rollout", and "teacher-<name>" for each served teacher; none where the run asks none."""
-    wanted = {"rollout": (recipe.student.path, recipe.rollout.server)} | {
+def servers_by_role(recipe: Recipe) -> dict[str, tuple[str, ServerConfig]]:
+    """Model and settings by role: "rollout", and "teacher-<name>" for each served teacher."""
+    return {"rollout": (recipe.student.path, recipe.rollout.server)} | {
         f"teacher-{name}": (teacher.path, teacher.server)
         for name, teacher in recipe.served_teachers.items()
     }
+
+
+def place_servers(recipe: Recipe, ports: PortReservations) -> dict[str, list[Server]]:
+    """All servers of a recipe on this machine, by role; none where the run asks none."""
     placed: dict[str, list[Server]] = {}
-    for role, (model_path, config) in wanted.items():
+    for role, (model_path, config) in servers_by_role(recipe).items():
         placed[role] = []
         for number in range(config.num_servers if recipe.uses_servers else 0):
             port = ports.reserve()
@@ -55,6 +60,7 @@ def server_role(
         keys_file=run.attempt(attempt).keys,
         # A resumed attempt must not draw the samples of the one before again.
         seed=recipe.seed * 1009 + attempt * 31 + seed_offset,
+        host=server.address,
         parent_pid=os.getpid(),
     )
     log = run.role_logs(attempt, server.role) / "server.log"
@@ -63,11 +69,17 @@ def server_role(
     )
 
 
-def learner_role(recipe: Recipe, run_yaml: Path, mailbox: Path, log: Path) -> RoleCommand:
-    """The torchrun world. One node; ranks on CPU use one thread and gloo on the loopback interface."""
+def learner_role(
+    recipe: Recipe, run_yaml: Path, mailbox: Path, log: Path, ranks: int | None = None
+) -> RoleCommand:
+    """The torchrun of one node; ranks on CPU use one thread and gloo on the loopback interface.
+
+    Args:
+        ranks: how many of the world's ranks this node has; None: all.
+    """
     argv = [
         *(sys.executable, "-m", "opd_megatron.megatron.torchrun"),
-        *("--nproc-per-node", str(recipe.learner.world_size)),
+        *("--nproc-per-node", str(ranks or recipe.learner.world_size)),
         *("-m", "opd_megatron.megatron.learner"),
         *("--run-yaml", str(run_yaml), "--mailbox", str(mailbox)),
     ]

@@ -114,6 +114,7 @@ class Supervisor:
         attempt_id: unique among all attempts of all runs on this machine.
         environment: added to that of every process.
         say: tells the user that a server was started again.
+        on_signal: called for every signal, and nothing else happens. None: a signal interrupts.
     """
 
     def __init__(
@@ -121,7 +122,9 @@ class Supervisor:
         attempt_id: str,
         environment: Mapping[str, str] | None = None,
         say: Callable[[str], None] = print,
+        on_signal: Callable[[signal.Signals], None] | None = None,
     ) -> None:
+        self._on_signal = on_signal
         self._attempt_id = attempt_id
         self._environment = dict(environment or {})
         self._say = say
@@ -153,6 +156,9 @@ class Supervisor:
                 signal.signal(number, signal.SIG_IGN if interrupted else handler)  # type: ignore[arg-type]
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        if self._on_signal is not None:
+            self._on_signal(signal.Signals(number))
+            return
         self._interruption = self._interruption or signal.Signals(number)
 
     def _check_interruption(self) -> None:
@@ -235,6 +241,25 @@ class Supervisor:
         )
         self.start(role)
         return True
+
+    def attend(self, until: Callable[[], bool], signs: MainSigns) -> None:
+        """Stay with processes that have no main one among them until `until()` is true; dead servers start again.
+
+        Args:
+            signs: of the main process, which is on another node.
+
+        Raises:
+            RoleDied, ConfigError: one of them ended before.
+            Interrupted: as `watch`.
+        """
+        while not until():
+            self._check_interruption()
+            self._reap_orphans()
+            dead = self._dead("")
+            # The end of the attempt and that of its processes may be seen in either order.
+            if dead is not None and not until() and not self._starts_again(dead, signs):
+                raise self._death(dead)
+            time.sleep(POLL_S)
 
     def _judge(self, main: str, code: int) -> int:
         """The main process failed: was it for the death of another one, which it could not know?"""

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import faulthandler
 import logging
 import os
+import signal
 import sys
 import time
 import traceback
@@ -157,6 +159,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--mailbox", type=Path, required=True)
     arguments = parser.parse_args(argv)
     die_with_parent(int(os.environ.get(AGENT_PID) or os.getppid()))
+    # Where does a rank hang? Its launcher asks before it ends the rank (launch/slurm/stacks.py).
+    faulthandler.register(signal.SIGUSR1)
     log.setLevel(logging.INFO)
     logging.basicConfig(
         level=logging.WARNING,

@@ -40,6 +40,7 @@ COMMANDS = [
     ("objectives",),
     ("objectives", "--json"),
     ("doctor",),
+    ("submit", "demo", "--cluster", "cpu-test", "--via", "sbatch", "--dry-run"),
 ]
 
 

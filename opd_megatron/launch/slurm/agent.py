@@ -1,0 +1,191 @@
+"""One role on one node: starts its processes, watches them, ends them with the attempt.
+
+    srun ... python -m opd_megatron.launch.slurm.agent --run-dir DIR --attempt N --role ROLE
+
+Slurm starts one agent a node; `SLURM_PROCID` says which of the role's nodes this is. What it runs and where comes from
+the run directory. How an agent ends:
+
+    a process of its role ends          that code of the role: 75, or 78 when the process said so; its log is shown
+    attempts/N/ended is there           0, after everything it started is gone
+    the controller ends                 its code, written to attempts/N/ended (the controller's agent only)
+    SIGTERM, SIGINT, SIGUSR1            not at all: the request to stop is put down for the controller, which commits
+                                        and ends; the servers are needed until then
+
+After an attempt that failed, the learner's agent has its ranks write their stacks into the log before it ends them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from opd_megatron.atomic import write_bytes
+from opd_megatron.config.run_yaml import read_run_yaml
+from opd_megatron.config.schema import Recipe
+from opd_megatron.errors import EXIT_DONE, EXIT_RETRY, ConfigError, OpdError, RoleDied
+from opd_megatron.launch.members import scratch
+from opd_megatron.launch.ports import PortReservations
+from opd_megatron.launch.preflight import check_machine
+from opd_megatron.launch.slurm import commands, nodes, secrets
+from opd_megatron.launch.slurm.stacks import dump_stacks
+from opd_megatron.launch.slurm.table import CONTROLLER, LEARNER, Frozen, Role, read_table
+from opd_megatron.launch.supervisor import MainSigns, Supervisor
+from opd_megatron.rundir import AttemptDir, RunDir
+
+_CHECK_TIMEOUT_S = 120
+
+
+@dataclass(frozen=True)
+class Place:
+    """What an agent knows: the run, its role, and where it stands."""
+
+    run: RunDir
+    attempt: AttemptDir
+    recipe: Recipe
+    frozen: Frozen
+    role: Role
+    index: int
+    address: str
+
+    @property
+    def alone(self) -> bool:
+        return self.frozen.table.nodes == 1
+
+
+def check_node(place: Place) -> None:
+    """Run the site's check of a node, and leave the node out from now on when it fails.
+
+    Raises:
+        RoleDied: the check failed, or a recipe for GPUs finds no driver here.
+    """
+    reason = ""
+    if place.frozen.node_check:
+        done = subprocess.run(
+            ["bash", "-c", place.frozen.node_check],
+            capture_output=True,
+            text=True,
+            timeout=_CHECK_TIMEOUT_S,
+            check=False,
+        )
+        if done.returncode:
+            reason = (
+                f"cluster.node_check ended with {done.returncode}: {done.stderr.strip()[-500:]}"
+            )
+    try:
+        check_machine(place.recipe)
+    except ConfigError as error:
+        reason = str(error)
+    if reason:
+        with place.run.slurm.bad_nodes.open("a") as file:
+            file.write(f"{nodes.node_name()}\n")
+        raise RoleDied(f"node {nodes.node_name()} is left out from now on: {reason}")
+
+
+def run_role(place: Place) -> int:
+    """Start the role's processes here and stay with them until they or the attempt end; returns the exit code.
+
+    Raises:
+        OpdError: one of them died.
+    """
+    check_node(place)
+    identity = uuid.uuid4().hex
+    added = secrets.read(place.frozen.secrets)
+    with (
+        scratch(identity) as environment,
+        PortReservations(place.address) as ports,
+        Supervisor(identity, {**environment, **added}, on_signal=lambda _: notice(place)) as roles,
+    ):
+        if place.role.name == CONTROLLER:
+            return _run_controller(place, roles)
+        if place.role.name == LEARNER:
+            roles.start(commands.learner(place, identity, ports))
+        else:
+            for role in commands.servers(place, identity, ports):
+                roles.start(role)
+        roles.attend(lambda: is_over(place.attempt))
+        if place.role.name == LEARNER and not place.attempt.finishing.exists():
+            dump_stacks(identity)
+        return EXIT_DONE
+
+
+def _run_controller(place: Place, roles: Supervisor) -> int:
+    attempt, recipe = place.attempt, place.recipe
+    commands.write_all_endpoints(place)
+    roles.start(commands.controller(place))
+    signs = MainSigns(attempt.finishing, attempt.heartbeat, recipe.controller.hang_timeout_s)
+    code = roles.watch(CONTROLLER, signs)
+    if code == EXIT_DONE:
+        write_bytes(place.run.done, f"attempt {attempt.number}\n".encode())
+    return code
+
+
+def is_over(attempt: AttemptDir) -> bool:
+    """All work is committed, or the attempt has failed: either way nobody needs the roles any more."""
+    return attempt.finishing.exists() or attempt.ended.exists()
+
+
+def notice(place: Place) -> None:
+    """Somebody wants the machines: ask the controller to commit and end."""
+    place.attempt.stop_requested.touch()
+
+
+def end_attempt(attempt: AttemptDir, code: int) -> None:
+    """Let every other node of the attempt end."""
+    write_bytes(attempt.ended, f"{code}\n".encode(), durable=False)
+
+
+def open_place(run: RunDir, number: int, name: str, index: int) -> Place:
+    frozen = read_table(run.slurm.table)
+    alone = frozen.table.nodes == 1
+    return Place(
+        run=run,
+        attempt=run.attempt(number),
+        recipe=read_run_yaml(run.run_yaml),
+        frozen=frozen,
+        role=frozen.table.role(name),
+        index=index,
+        address=nodes.own_address(frozen.interface, alone),
+    )
+
+
+def node_index(environment: Mapping[str, str]) -> int:
+    return int(environment.get("SLURM_PROCID", "0"))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="opd_megatron.launch.slurm.agent")
+    parser.add_argument("--run-dir", type=Path, required=True)
+    parser.add_argument("--attempt", type=int, required=True)
+    parser.add_argument("--role", required=True)
+    arguments = parser.parse_args(argv)
+    run = RunDir(arguments.run_dir)
+
+    def ask_to_stop(_number: int, _frame: FrameType | None) -> None:
+        run.attempt(arguments.attempt).stop_requested.touch()
+
+    # From the first moment: a request to stop must not kill an agent that is still importing.
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, ask_to_stop)
+    code = EXIT_RETRY
+    try:
+        place = open_place(run, arguments.attempt, arguments.role, node_index(os.environ))
+        code = run_role(place)
+    except OpdError as error:
+        print(f"opd: {arguments.role} on {nodes.node_name()}: {error}", flush=True)
+        code = error.exit_code
+    finally:
+        if arguments.role == CONTROLLER:
+            end_attempt(run.attempt(arguments.attempt), code)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+"""The command lines of a role's processes on one node, and the endpoint file that the controller reads."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from opd_megatron.launch.ports import PortReservations
+from opd_megatron.launch.roles import (
+    Server,
+    controller_role,
+    learner_role,
+    server_role,
+    servers_by_role,
+)
+from opd_megatron.launch.roles import write_endpoints as write_endpoint_file
+from opd_megatron.launch.slurm import nodes
+from opd_megatron.launch.slurm.table import CONTROLLER, LEARNER
+from opd_megatron.launch.supervisor import RoleCommand
+
+if TYPE_CHECKING:
+    from opd_megatron.launch.slurm.agent import Place
+
+
+def visible_devices(place: Place, local: int, each: int) -> str:
+    """`CUDA_VISIBLE_DEVICES` of the process `local` (counted on this node), which takes `each` devices.
+
+    Slurm numbers the GPUs it gave to the step in the same variable; without it they count from 0.
+    """
+    given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    names = given.split(",") if given else [str(n) for n in range(10**3)]
+    first = place.role.first_device + local * each
+    return ",".join(names[first : first + each])
+
+
+def numa_prefix(place: Place, local: int, each: int) -> list[str]:
+    """`numactl` in front of a server whose GPUs hang on one NUMA node."""
+    per_node = place.frozen.devices_per_numa_node
+    first = place.role.first_device + local * each
+    if per_node == 0 or first // per_node != (first + each - 1) // per_node:
+        return []
+    numa = first // per_node
+    return ["numactl", f"--cpunodebind={numa}", f"--membind={numa}"]
+
+
+def servers(place: Place, identity: str, ports: PortReservations) -> list[RoleCommand]:
+    """Reserve ports, say where this node's servers will be, and return what to start."""
+    role, recipe, attempt = place.role, place.recipe, place.attempt
+    model_path, config = servers_by_role(recipe)[role.name]
+    path = nodes.path_of(attempt.nodes, role.name, place.index)
+    before = nodes.read_node(path)
+    placed: list[Server] = []
+    for local, number in enumerate(role.on_node(place.index)):
+        # A role that is started again comes back where the controller knows it.
+        port = ports.reserve() if before is None else ports.reserve_again(before.ports[local])
+        name, url = f"{role.name}-{number}", f"http://{place.address}:{port}"
+        placed.append(Server(name, url, model_path, config, port, place.address))
+    said = nodes.NodeFile(
+        identity,
+        nodes.node_name(),
+        place.address,
+        tuple(server.port for server in placed),
+        tuple({"name": server.role, "url": server.url} for server in placed),
+    )
+    nodes.write_node(attempt.nodes, role.name, place.index, said)
+    started: list[RoleCommand] = []
+    for local, server in enumerate(placed):
+        offset = place.index * role.processes + local
+        command = server_role(server, recipe, place.run, attempt.number, offset)
+        environment = dict(command.environment)
+        each = config.tensor_parallel
+        prefix: list[str] = []
+        if recipe.device == "cuda":
+            environment["CUDA_VISIBLE_DEVICES"] = visible_devices(place, local, each)
+            prefix = numa_prefix(place, local, each)
+        started.append(replace(command, argv=[*prefix, *command.argv], environment=environment))
+    return started
+
+
+def learner(place: Place, identity: str, ports: PortReservations) -> RoleCommand:
+    """This node's torchrun; the first node offers the store at which the others meet."""
+    role, attempt = place.role, place.attempt
+    first = nodes.path_of(attempt.nodes, LEARNER, 0)
+    port = ports.reserve() if place.index == 0 and role.nodes > 1 else 0
+    said = nodes.NodeFile(identity, nodes.node_name(), place.address, (port,))
+    nodes.write_node(attempt.nodes, LEARNER, place.index, said)
+    limit = place.recipe.learner.start_timeout_s
+    (head,) = nodes.wait_for_nodes([first], limit, attempt.ended.exists)
+    log = place.run.role_logs(attempt.number, LEARNER) / f"learner-{place.index}.log"
+    command = learner_role(
+        place.recipe, place.run.run_yaml, attempt.mailbox, log, ranks=len(role.on_node(place.index))
+    )
+    argv, environment = list(command.argv), dict(command.environment)
+    position = argv.index("-m", argv.index("-m") + 1)
+    added: list[str] = []
+    if role.nodes > 1:
+        added += ["--opd-nodes", f"{role.nodes},{place.index},{head.address},{head.ports[0]}"]
+        del environment["GLOO_SOCKET_IFNAME"]
+        if place.frozen.interface:
+            environment["GLOO_SOCKET_IFNAME"] = place.frozen.interface
+            environment.setdefault("NCCL_SOCKET_IFNAME", place.frozen.interface)
+    if place.recipe.device == "cuda":
+        environment["CUDA_VISIBLE_DEVICES"] = visible_devices(place, 0, role.devices)
+        if place.frozen.devices_per_numa_node:
+            added += ["--numa-binding", "node"]
+    return replace(
+        command, argv=[*argv[:position], *added, *argv[position:]], environment=environment
+    )
+
+
+def controller(place: Place) -> RoleCommand:
+    return controller_role(place.run, place.attempt.number, "opd_megatron.controller.main")
+
+
+def write_all_endpoints(place: Place) -> None:
+    """Wait until every server's node has said where its servers are, and tell the controller.
+
+    Raises:
+        RoleDied: a node did not start in time.
+    """
+    roles = [r for r in place.frozen.table.roles if r.name not in (CONTROLLER, LEARNER)]
+    settings = servers_by_role(place.recipe)
+    seconds = max((config.start_timeout_s for _, config in settings.values()), default=0.0)
+    placed: dict[str, list[Server]] = {}
+    for role in roles:
+        model_path, config = settings[role.name]
+        paths = [nodes.path_of(place.attempt.nodes, role.name, i) for i in range(role.nodes)]
+        found = nodes.wait_for_nodes(paths, seconds, place.attempt.ended.exists)
+        placed[role.name] = [
+            Server(s["name"], s["url"], model_path, config, 0)
+            for node in found
+            for s in node.servers
+        ]
+    write_endpoint_file(place.attempt.endpoints, placed)

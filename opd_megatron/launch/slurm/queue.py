@@ -1,0 +1,169 @@
+"""Slurm's own commands, and what they say of a run's job. Needs no accounting: `sacct` is asked last, if at all.
+
+The run directory is the truth about the run (DONE, commits, metrics); Slurm is asked only whether a job waits or runs.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from opd_megatron.errors import ConfigError, ServerError
+from opd_megatron.rundir import RunDir
+
+# A controller that does not answer must not hang a command line.
+_TIMEOUT_S = 30
+_LIVING = {
+    "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING",
+}  # fmt: skip
+_WAITING = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT"}
+UNKNOWN, GONE = "UNKNOWN", "GONE"
+
+
+@dataclass(frozen=True)
+class JobState:
+    """`state` is Slurm's word, GONE when Slurm no longer knows the job, UNKNOWN when it could not be asked."""
+
+    job: str
+    state: str
+    reason: str = ""
+    nodes: str = ""
+    restarts: int = 0
+
+    @property
+    def is_alive(self) -> bool:
+        return self.state in _LIVING
+
+    @property
+    def is_waiting(self) -> bool:
+        return self.state in _WAITING
+
+
+def call(argv: Sequence[str], given: str | None = None) -> subprocess.CompletedProcess[str]:
+    """Run one of Slurm's commands.
+
+    Raises:
+        ConfigError: it is not installed here.
+        ServerError: no answer in time.
+    """
+    if shutil.which(argv[0]) is None:
+        raise ConfigError.of(
+            argv[0], "", "is not on this machine", "run this on a login node of the cluster"
+        )
+    try:
+        return subprocess.run(
+            list(argv), input=given, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ServerError(f"{argv[0]}: no answer after {_TIMEOUT_S} s") from error
+
+
+def submit_script(script: Path, options: Sequence[str] = ()) -> str:
+    """`sbatch`; returns the job id.
+
+    Raises:
+        ServerError: refused, with Slurm's words.
+    """
+    done = call(["sbatch", "--parsable", *options, str(script)])
+    if done.returncode:
+        raise ServerError(f"sbatch: {done.stderr.strip() or done.stdout.strip()}")
+    return done.stdout.strip().splitlines()[-1].split(";")[0]
+
+
+def jobs_of(run: RunDir) -> list[str]:
+    """Ids of the run's jobs, oldest first."""
+    path = run.slurm.jobs
+    return path.read_text().split() if path.exists() else []
+
+
+def add_job(run: RunDir, job: str) -> None:
+    with run.slurm.jobs.open("a") as file:
+        file.write(f"{job}\n")
+
+
+def state_of(job: str) -> JobState:
+    """What Slurm says: the controller while it remembers the job, then accounting, else GONE."""
+    done = call(["scontrol", "-o", "show", "job", job])
+    if done.returncode == 0:
+        return parse_job(job, done.stdout)
+    if "Invalid job id" not in done.stderr:
+        return JobState(job, UNKNOWN, done.stderr.strip())
+    if shutil.which("sacct"):
+        done = call(["sacct", "-n", "-X", "-P", "-j", job, "-o", "State,NodeList"])
+        fields = (done.stdout.strip().splitlines() or [""])[-1].split("|")
+        if done.returncode == 0 and fields[0]:
+            return JobState(job, fields[0].split()[0], "", fields[-1])
+    return JobState(job, GONE)
+
+
+def parse_job(job: str, text: str) -> JobState:
+    """One line of `scontrol -o show job` for a job, or for the leader of a heterogeneous one."""
+    found = dict(re.findall(r"(\w+)=(\S*)", text.splitlines()[0] if text else ""))
+    return JobState(
+        job,
+        found.get("JobState", UNKNOWN),
+        found.get("Reason", "").replace("None", ""),
+        found.get("NodeList", "").replace("(null)", ""),
+        int(found.get("Restarts", "0") or 0),
+    )
+
+
+def living_job(run: RunDir) -> JobState | None:
+    """The run's job that waits or runs, if any: the newest first."""
+    for job in reversed(jobs_of(run)):
+        state = state_of(job)
+        if state.is_alive or state.is_waiting:
+            return state
+        if state.state == UNKNOWN:
+            raise ServerError(f"Slurm can not say how job {job} is: {state.reason}")
+    return None
+
+
+def cancel(run: RunDir) -> list[str]:
+    """Mark the run as cancelled and cancel its jobs, successors included; returns their ids."""
+    run.slurm.root.joinpath("cancelled").touch()
+    found: list[str] = []
+    for job in jobs_of(run):
+        state = state_of(job)
+        if state.is_alive or state.is_waiting:
+            done = call(["scancel", job])
+            if done.returncode:
+                raise ServerError(f"scancel {job}: {done.stderr.strip()}")
+            found.append(job)
+    return found
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What the run directory says."""
+
+    step: int
+    steps: int
+    attempts: int
+    commit: str
+    done: bool
+    metrics: dict[str, Any]
+
+
+def progress(run: RunDir, steps: int) -> Progress:
+    row: dict[str, Any] = {}
+    if run.metrics.exists():
+        with run.metrics.open("rb") as file:
+            file.seek(max(0, run.metrics.stat().st_size - 64 * 1024))
+            whole = [line for line in file.read().splitlines() if line.endswith(b"}")]
+        row = json.loads(whole[-1]) if whole else {}
+    commits = sorted(path.name for path in run.checkpoints.glob("step_*"))
+    return Progress(
+        int(row.get("step", 0)),
+        steps,
+        len(run.attempts()),
+        commits[-1] if commits else "",
+        run.done.exists(),
+        row,
+    )

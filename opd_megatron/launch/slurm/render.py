@@ -1,0 +1,205 @@
+"""From the role table to the batch script: a jinja2 template (`slurm/job.sh.j2`) and shell quoting.
+
+Every value that is not a number or a name checked before goes through `shlex.quote`, so no text of a recipe, a site or
+a path can become shell. `#SBATCH` lines, where that quoting does not hold, take checked characters only (site.py).
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+
+from opd_megatron.errors import ConfigError
+from opd_megatron.launch.slurm.site import Site, check_sbatch_text, check_variable, slurm_folder
+from opd_megatron.launch.slurm.table import CONTROLLER, Role, RoleTable, segment_of
+from opd_megatron.rundir import RunDir
+
+_TEMPLATE = "job.sh.j2"
+_IMAGE_PYTHON = "python3"
+# Slurm's own patterns (%j) would be filled into a path.
+_NOT_IN_PATHS = ("%",)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One `srun`: what the template prints for a role."""
+
+    name: str
+    nodes: int
+    first_node: int
+    devices: int
+    srun: str
+    command: str
+
+
+def quote(text: str) -> str:
+    """A shell word that expands to exactly `text`.
+
+    Raises:
+        ConfigError: it holds a NUL or a lone surrogate, which no shell word can.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError.of(
+            "text for the shell", text, "is not Unicode text", "retype it"
+        ) from error
+    if "\0" in text:
+        raise ConfigError.of("text for the shell", text, "holds a NUL byte", "take it out")
+    return shlex.quote(text)
+
+
+def words(argv: Sequence[str]) -> str:
+    return " ".join(quote(word) for word in argv)
+
+
+def check_run_dir(run: RunDir) -> None:
+    """
+    Raises:
+        ConfigError: the path can not stand in an `#SBATCH` line.
+    """
+    check_sbatch_text("--run-dir", str(run.root))
+    for text in _NOT_IN_PATHS:
+        if text in str(run.root):
+            raise ConfigError.of(
+                "--run-dir", str(run.root), f"Slurm gives {text} a meaning", "rename it"
+            )
+
+
+def sbatch_lines(site: Site, table: RoleTable, run: RunDir, job_name: str) -> list[str]:
+    """What stands after `#SBATCH`, without the `#SBATCH`; "hetjob" separates components."""
+    check_sbatch_text("job name", job_name)
+    check_run_dir(run)
+    shared = [
+        f"--{name}={value}"
+        for name, value in (
+            ("account", site.account),
+            ("partition", site.partition),
+            ("qos", site.qos),
+            ("reservation", site.reservation),
+            ("constraint", site.constraint),
+            ("exclude", site.exclude),
+            ("mem", site.memory),
+        )
+        if value
+    ]
+    if site.exclusive:
+        shared.append("--exclusive")
+    lines = [
+        f"--job-name={job_name}",
+        f"--output={run.slurm.log}",
+        "--open-mode=append",
+        f"--time={site.time}",
+        *([f"--comment={site.comment}"] if site.comment else []),
+        *([f"--signal=B:USR1@{site.grace_s}"] if site.grace_s else []),
+        "--requeue" if site.requeue else "--no-requeue",
+    ]
+    for number, component in enumerate(table.components):
+        if number:
+            lines.append("hetjob")
+        lines += [f"--nodes={component.nodes}", "--ntasks-per-node=1", *shared, *gpu_flag(site)]
+        segment = segment_of(site, component.nodes)
+        if segment:
+            lines.append(f"--segment={segment}")
+    return lines
+
+
+def gpu_flag(site: Site) -> list[str]:
+    if site.gpu_flag == "none":
+        return []
+    name = "--gpus-per-node=" if site.gpu_flag == "gpus-per-node" else "--gres=gpu:"
+    return [f"{name}{site.devices_per_node}"]
+
+
+def _container(site: Site, run: RunDir, variables: Sequence[str]) -> list[str]:
+    """Pyxis options. The run directory is mounted under its own path: script and agents both use it."""
+    if not site.container_image:
+        return []
+    mounts = [f"{run.root}:{run.root}", *site.container_mounts]
+    options = [
+        f"--container-image={site.container_image}",
+        f"--container-mounts={','.join(mounts)}",
+        "--no-container-mount-home",
+    ]
+    return [*options, f"--container-env={','.join(variables)}"] if variables else options
+
+
+def _srun(site: Site, table: RoleTable, run: RunDir, role: Role, log: bool) -> str:
+    where = (
+        [f"--het-group={role.component}"]
+        if len(table.components) > 1
+        else [f"--relative={role.first_node}"]
+    )
+    options = [
+        "--overlap",
+        *where,
+        *(f"--nodes={role.nodes}", f"--ntasks={role.nodes}", "--ntasks-per-node=1"),
+        *("--kill-on-bad-exit=1", "--unbuffered", "--input=none"),
+        *([f"--mem={site.memory}"] if site.memory else []),
+        *(gpu_flag(site) if role.devices else []),
+        *site.srun_options,
+        *_container(site, run, sorted(site.environment)),
+    ]
+    output = f' --output="$run/logs/attempt_$attempt/{role.name}/agent-%t.log" --open-mode=append'
+    return words(options) + (output if log else "")
+
+
+def steps_of(site: Site, table: RoleTable, run: RunDir) -> tuple[list[Step], Step]:
+    """What every role runs, and what begins an attempt."""
+    python = site.python or (_IMAGE_PYTHON if site.container_image else sys.executable)
+    found: list[Step] = []
+    for role in table.roles:
+        argv = [
+            *(python, "-m", "opd_megatron.launch.slurm.agent"),
+            *("--run-dir", str(run.root), "--role", role.name),
+        ]
+        # The controller's output is the job's.
+        srun = _srun(site, table, run, role, log=role.name != CONTROLLER)
+        found.append(Step(role.name, role.nodes, role.first_node, role.devices, srun, words(argv)))
+    controller = table.role(CONTROLLER)
+    argv = [python, "-m", "opd_megatron.launch.slurm.begin", "--run-dir", str(run.root)]
+    srun = _srun(site, table, run, controller, log=False)
+    return found, Step("begin", 1, 0, 0, srun, words(argv))
+
+
+def render(site: Site, table: RoleTable, run: RunDir, job_name: str) -> str:
+    """The whole batch script.
+
+    Raises:
+        ConfigError: a value that can not stand where it would.
+    """
+    for name, value in site.environment.items():
+        check_variable(name)
+        quote(value)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(slurm_folder()),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
+    steps, begin = steps_of(site, table, run)
+    return environment.get_template(_TEMPLATE).render(
+        q=quote,
+        job_name=job_name,
+        run=str(run.root),
+        sbatch=sbatch_lines(site, table, run, job_name),
+        setup=site.setup,
+        environment=sorted(site.environment.items()),
+        roles=steps,
+        begin=begin,
+        requeue=site.requeue,
+        server_restarts=site.server_restarts,
+    )
+
+
+def write_script(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)

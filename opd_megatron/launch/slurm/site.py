@@ -1,0 +1,235 @@
+"""A site file: what one cluster wants of a job, and nothing of what a run learns.
+
+`slurm/clusters/NAME.yaml`, or a path. Every key has a type and a default here; an unknown key is refused.
+`cluster.key=value` on the command line changes one. What goes into a `#SBATCH` line is limited to characters that
+need no quoting there, since sbatch's own rules for quotes are not those of a shell.
+"""
+
+from __future__ import annotations
+
+import re
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from opd_megatron.errors import ConfigError, did_you_mean
+
+PREFIX = "cluster."
+_PACKAGE = Path(__file__).resolve().parents[2]
+_SBATCH_SAFE = re.compile(r"[A-Za-z0-9_.,:/@%+=\[\]-]*")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_TIME = re.compile(r"(\d+-)?\d+(:\d\d){0,2}")
+# Slurm's way to say whole nodes with all their memory.
+_ALL_MEMORY = "0"
+# Names that would be read as a value rather than carry one; NeMo-Run writes a missing value so.
+_NOT_VALUES = {"none", "null"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """One cluster. Empty text leaves an option out.
+
+    Args:
+        devices_per_node: GPUs of a node; on a CPU cluster, learner ranks and servers that one node takes.
+        domain_nodes: nodes of an NVLink domain; 0 where there is none.
+        segment: `auto` keeps the job within as few domains as its size allows; a number; `none` for a Slurm older
+            than 23.11, which refuses the option.
+        share_nodes: roles smaller than a node may stand on one.
+        placement: `slices` of one allocation, or `het`, a heterogeneous job with a component a role.
+        gpu_flag: how GPUs are asked for: `--gpus-per-node`, `--gres=gpu:` or not at all.
+        devices_per_numa_node: GPUs that hang on one NUMA node, to which their processes are bound; 0: no binding.
+        interface: network interface whose address the servers bind; empty: the address of the node's name.
+        grace_s: how long before the time limit the run is told to commit.
+        max_idle_attempts: attempts in a row without a new commit after which the job gives up.
+        server_restarts: how often a dead server role is started again within an attempt.
+        node_check: a shell command run on each node before its role; a node where it fails is left out from then on.
+        environment: variables of every role.
+        secrets: variable name -> file that holds its value; read on the node, at the start of each role.
+        setup: lines of shell at the head of the batch script, e.g. `module load slurm`.
+    """
+
+    summary: str = ""
+    account: str = ""
+    partition: str = ""
+    qos: str = ""
+    reservation: str = ""
+    constraint: str = ""
+    exclude: str = ""
+    time: str = "04:00:00"
+    comment: str = ""
+    run_root: str = "runs"
+    devices_per_node: int = 8
+    gpu_flag: str = "gpus-per-node"
+    domain_nodes: int = 0
+    segment: str = "none"
+    exclusive: bool = True
+    memory: str = _ALL_MEMORY
+    share_nodes: bool = True
+    placement: str = "slices"
+    devices_per_numa_node: int = 0
+    interface: str = ""
+    python: str = ""
+    container_image: str = ""
+    container_mounts: list[str] = field(default_factory=list[str])
+    srun_options: list[str] = field(default_factory=list[str])
+    grace_s: int = 300
+    max_idle_attempts: int = 3
+    server_restarts: int = 3
+    requeue: bool = True
+    node_check: str = ""
+    environment: dict[str, str] = field(default_factory=dict[str, str])
+    secrets: dict[str, str] = field(default_factory=dict[str, str])
+    setup: list[str] = field(default_factory=list[str])
+    ssh_host: str = ""
+    ssh_user: str = ""
+    ssh_identity: str = ""
+    ssh_job_dir: str = ""
+
+
+_CHOICES = {
+    "gpu_flag": ("gpus-per-node", "gres", "none"),
+    "placement": ("slices", "het"),
+}
+_LOWEST = {
+    "devices_per_node": 1,
+    "domain_nodes": 0,
+    "devices_per_numa_node": 0,
+    "grace_s": 0,
+    "max_idle_attempts": 1,
+    "server_restarts": 0,
+}
+_IN_SBATCH_LINES = (
+    "account", "partition", "qos", "reservation", "constraint", "exclude", "comment", "memory", "segment",
+)  # fmt: skip
+
+
+def slurm_folder() -> Path:
+    """`slurm/`: the copy inside an installed wheel, else that of the source tree."""
+    inside = _PACKAGE / "_slurm"
+    return inside if inside.is_dir() else _PACKAGE.parent / "slurm"
+
+
+def find_sites() -> dict[str, Path]:
+    """Site name -> file."""
+    return {p.stem: p for p in sorted((slurm_folder() / "clusters").glob("*.yaml"))}
+
+
+def load_site(name: str, overrides: Sequence[str] = ()) -> Site:
+    """A site by name or by the path of a file of one's own, with `cluster.key=value` overrides.
+
+    Raises:
+        ConfigError: no such site, an unknown key, a value of the wrong type or against a rule.
+    """
+    known = find_sites()
+    path = Path(name) if name.endswith((".yaml", ".yml")) else known.get(name)
+    if path is None or not path.is_file():
+        raise ConfigError(
+            f"--cluster={name!r}: no such site{did_you_mean(name, known)}; known: {', '.join(known)}, "
+            f"or give the path of a .yaml file of your own"
+        )
+    try:
+        loaded = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not readable as YAML: {error}") from error
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{path}: not a mapping of site keys; copy one from slurm/clusters/")
+    site = _merge(cast(dict[str, Any], loaded), overrides, str(path))
+    check_site(site)
+    return site
+
+
+def _merge(values: dict[str, Any], overrides: Sequence[str], source: str) -> Site:
+    names = [f.name for f in fields(Site)]
+    dotted = [o.removeprefix(PREFIX) for o in overrides]
+    for key in [*values, *(o.partition("=")[0].split(".")[0] for o in dotted)]:
+        if key not in names:
+            raise ConfigError(
+                f"{source}: {key}: no such site key{did_you_mean(key, names)}; known: {', '.join(names)}"
+            )
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Site), OmegaConf.create(values))
+        OmegaConf.set_readonly(cast(DictConfig, merged), False)
+        for override in dotted:
+            key, equals, text = override.partition("=")
+            if not equals:
+                raise ConfigError.of(
+                    "override", f"{PREFIX}{key}", "has no value", "write key=value"
+                )
+            wanted = typing.get_type_hints(Site)[key.split(".")[0]]
+            # Text stays text: a time such as 04:00:00 is not a number in base 60.
+            value = text if wanted is str else OmegaConf.from_dotlist([f"x={text}"])["x"]
+            OmegaConf.update(merged, key, value, force_add=True)
+        return cast(Site, OmegaConf.to_object(merged))
+    except OmegaConfBaseException as error:
+        raise ConfigError(
+            f"{source}: {error.full_key or 'site'}: {str(error).splitlines()[0]}; compare slurm/clusters/"
+        ) from error
+
+
+def check_site(site: Site) -> None:
+    """Rules on single keys.
+
+    Raises:
+        ConfigError: key, value, rule, fix.
+    """
+    for key, choices in _CHOICES.items():
+        if (value := getattr(site, key)) not in choices:
+            raise _wrong(key, value, f"must be one of {', '.join(choices)}", "choose one of them")
+    for key, low in _LOWEST.items():
+        if (value := getattr(site, key)) < low:
+            raise _wrong(key, value, f"must be at least {low}", "raise it")
+    for key in _IN_SBATCH_LINES:
+        check_sbatch_text(f"{PREFIX}{key}", str(getattr(site, key)))
+    if not _TIME.fullmatch(site.time):
+        raise _wrong("time", site.time, "not a Slurm time", "write D-HH:MM:SS, HH:MM:SS or minutes")
+    if site.segment not in ("auto", "none") and not site.segment.isdigit():
+        raise _wrong("segment", site.segment, "must be auto, none or a number", "e.g. auto")
+    if site.placement == "het" and site.share_nodes:
+        raise _wrong(
+            "share_nodes", True, "roles of a heterogeneous job stand alone", "set it to false"
+        )
+    for name in [*site.environment, *site.secrets]:
+        check_variable(name)
+    for mount in site.container_mounts:
+        if "," in mount or not mount or any(c.isspace() for c in mount):
+            raise _wrong("container_mounts", mount, "one `FROM:TO[:FLAGS]` each", "split it")
+    both = sorted(set(site.environment) & set(site.secrets))
+    if both:
+        raise _wrong("secrets", both, "are in `environment` too", "leave them only in `secrets`")
+
+
+def _wrong(key: str, value: object, rule: str, fix: str) -> ConfigError:
+    return ConfigError.of(f"{PREFIX}{key}", value, rule, fix)
+
+
+def check_sbatch_text(key: str, value: str) -> None:
+    """
+    Raises:
+        ConfigError: the value needs quoting in a `#SBATCH` line, or is the word for no value.
+    """
+    if not _SBATCH_SAFE.fullmatch(value):
+        raise ConfigError.of(
+            key,
+            value,
+            "stands in an #SBATCH line, where only letters, digits and _.,:/@%+=[]- are safe",
+            "rename it",
+        )
+    if value.lower() in _NOT_VALUES and key != f"{PREFIX}segment":
+        raise ConfigError.of(key, value, "is the word for no value", "leave it empty")
+
+
+def check_variable(name: str) -> None:
+    """
+    Raises:
+        ConfigError: not a name a shell accepts for a variable, or one that Slurm owns.
+    """
+    if not _VARIABLE.fullmatch(name) or name.startswith(("SLURM_", "SBATCH_")):
+        raise ConfigError.of(
+            f"{PREFIX}environment", name, "not a variable name of its own", "rename it"
+        )

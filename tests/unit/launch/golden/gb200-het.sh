@@ -1,0 +1,203 @@
+#!/bin/bash
+# opd-big: written by `opd submit`. Roles and nodes are in /lustre/runs/big/slurm/roles.json.
+#SBATCH --job-name=opd-big
+#SBATCH --output=/lustre/runs/big/slurm/job.log
+#SBATCH --open-mode=append
+#SBATCH --time=04:00:00
+#SBATCH --signal=B:USR1@300
+#SBATCH --requeue
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=1
+#SBATCH --account=research
+#SBATCH --partition=batch
+#SBATCH --mem=0
+#SBATCH --exclusive
+#SBATCH --gpus-per-node=4
+#SBATCH --segment=4
+#SBATCH hetjob
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --account=research
+#SBATCH --partition=batch
+#SBATCH --mem=0
+#SBATCH --exclusive
+#SBATCH --gpus-per-node=4
+#SBATCH --segment=2
+#SBATCH hetjob
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --account=research
+#SBATCH --partition=batch
+#SBATCH --mem=0
+#SBATCH --exclusive
+#SBATCH --gpus-per-node=4
+#SBATCH --segment=1
+
+# Exit codes: 0 the run is done, 75 a retry helps, 78 something must change first.
+set +vx -u
+run=/lustre/runs/big
+slurm_dir=$run/slurm
+attempt='' attempt_dir='' stopping=
+declare -A pid=() restarts=()
+
+say() { printf 'opd: %s %s\n' "$(date -u +%H:%M:%S)" "$*"; }
+
+# What a surrounding step would hand down to the steps that are started here.
+unset SLURM_CPU_BIND SLURM_CPU_BIND_LIST SLURM_CPU_BIND_TYPE SLURM_CPU_BIND_VERBOSE SLURM_NTASKS_PER_NODE SLURM_CPUS_PER_TASK
+
+# ---------------------------------------------------------------- roles, from one table
+
+role_0() { # controller: 1 node(s) from node 0, 0 device(s) each
+    export CUDA_DEVICE_MAX_CONNECTIONS=32
+    export NCCL_MNNVL_ENABLE=1
+    export NCCL_NET_GDR_C2C=1
+    export NCCL_NET_GDR_LEVEL=PHB
+    export NCCL_NVLS_ENABLE=0
+    exec srun --overlap --het-group=0 --nodes=1 --ntasks=1 --ntasks-per-node=1 --kill-on-bad-exit=1 --unbuffered --input=none --mem=0 --mpi=none \
+        /opt/opd/bin/python -m opd_megatron.launch.slurm.agent --run-dir /lustre/runs/big --role controller --attempt "$attempt"
+}
+
+role_1() { # learner: 4 node(s) from node 0, 4 device(s) each
+    export CUDA_DEVICE_MAX_CONNECTIONS=32
+    export NCCL_MNNVL_ENABLE=1
+    export NCCL_NET_GDR_C2C=1
+    export NCCL_NET_GDR_LEVEL=PHB
+    export NCCL_NVLS_ENABLE=0
+    exec srun --overlap --het-group=0 --nodes=4 --ntasks=4 --ntasks-per-node=1 --kill-on-bad-exit=1 --unbuffered --input=none --mem=0 --gpus-per-node=4 --mpi=none --output="$run/logs/attempt_$attempt/learner/agent-%t.log" --open-mode=append \
+        /opt/opd/bin/python -m opd_megatron.launch.slurm.agent --run-dir /lustre/runs/big --role learner --attempt "$attempt"
+}
+
+role_2() { # rollout: 2 node(s) from node 0, 4 device(s) each
+    export CUDA_DEVICE_MAX_CONNECTIONS=32
+    export NCCL_MNNVL_ENABLE=1
+    export NCCL_NET_GDR_C2C=1
+    export NCCL_NET_GDR_LEVEL=PHB
+    export NCCL_NVLS_ENABLE=0
+    exec srun --overlap --het-group=1 --nodes=2 --ntasks=2 --ntasks-per-node=1 --kill-on-bad-exit=1 --unbuffered --input=none --mem=0 --gpus-per-node=4 --mpi=none --output="$run/logs/attempt_$attempt/rollout/agent-%t.log" --open-mode=append \
+        /opt/opd/bin/python -m opd_megatron.launch.slurm.agent --run-dir /lustre/runs/big --role rollout --attempt "$attempt"
+}
+
+role_3() { # teacher-main: 1 node(s) from node 0, 4 device(s) each
+    export CUDA_DEVICE_MAX_CONNECTIONS=32
+    export NCCL_MNNVL_ENABLE=1
+    export NCCL_NET_GDR_C2C=1
+    export NCCL_NET_GDR_LEVEL=PHB
+    export NCCL_NVLS_ENABLE=0
+    exec srun --overlap --het-group=2 --nodes=1 --ntasks=1 --ntasks-per-node=1 --kill-on-bad-exit=1 --unbuffered --input=none --mem=0 --gpus-per-node=4 --mpi=none --output="$run/logs/attempt_$attempt/teacher-main/agent-%t.log" --open-mode=append \
+        /opt/opd/bin/python -m opd_megatron.launch.slurm.agent --run-dir /lustre/runs/big --role teacher-main --attempt "$attempt"
+}
+
+begin_attempt() {
+    export CUDA_DEVICE_MAX_CONNECTIONS=32
+    export NCCL_MNNVL_ENABLE=1
+    export NCCL_NET_GDR_C2C=1
+    export NCCL_NET_GDR_LEVEL=PHB
+    export NCCL_NVLS_ENABLE=0
+    exec srun --overlap --het-group=0 --nodes=1 --ntasks=1 --ntasks-per-node=1 --kill-on-bad-exit=1 --unbuffered --input=none --mem=0 --mpi=none \
+        /opt/opd/bin/python -m opd_megatron.launch.slurm.begin --run-dir /lustre/runs/big --job "$SLURM_JOB_ID"
+}
+
+names=(controller learner rollout teacher-main)
+
+# ---------------------------------------------------------------- the life of one attempt
+
+# Is another job of ours alive? When Slurm does not answer, it counts as alive.
+is_alive() {
+    local running
+    running=$(squeue -h -u "$(id -u)" -t RUNNING,COMPLETING,CONFIGURING,SUSPENDED,STOPPED,SIGNALING,STAGE_OUT -o %A) || return 0
+    grep -qx "$1" <<<"$running"
+}
+
+start() { "role_$1" & pid[$1]=$!; }
+
+request_stop() {
+    stopping=$1
+    [[ -z $attempt_dir ]] || : >"$attempt_dir/stop_requested"
+    say "$1: asked the controller to commit and end"
+}
+
+# Ends every process of the attempt; the agents go by the file, whatever is left is killed.
+end_attempt() {
+    [[ -e $attempt_dir/ended ]] || printf '%s\n' "$1" >"$attempt_dir/ended"
+    local waited=0
+    while [[ -n $(jobs -pr) ]] && ((waited++ < 60)); do sleep 0.5; done
+    local left
+    left=$(jobs -pr)
+    [[ -z $left ]] || { kill -TERM $left; sleep 5; kill -KILL $(jobs -pr); } 2>/dev/null
+    wait
+}
+
+# Waits until the attempt ends; its exit code is left in $code.
+watch() {
+    local i
+    while :; do
+        for i in "${!pid[@]}"; do
+            kill -0 "${pid[$i]}" 2>/dev/null && continue
+            wait "${pid[$i]}"
+            code=$?
+            if [[ ${names[$i]} == controller ]]; then
+                return
+            elif [[ -e $attempt_dir/finishing || -e $attempt_dir/ended ]]; then
+                unset "pid[$i]"
+            elif [[ ${names[$i]} != learner ]] && ((code != 78 && ${restarts[$i]:-0} < 3)); then
+                restarts[$i]=$((${restarts[$i]:-0} + 1))
+                say "${names[$i]} ended with code $code; restart ${restarts[$i]} of 3 in its place"
+                start "$i"
+            else
+                say "${names[$i]} ended with code $code before the run was done"
+                ((code == 78)) || code=75
+                return
+            fi
+        done
+        sleep 1 &
+        wait $!
+    done
+}
+
+# Ends this job so that the run goes on: with other nodes in a job of its own when some are bad, else requeued.
+again() {
+    local state bad successor
+    state=$(scontrol -o show job "$SLURM_JOB_ID" | grep -o 'JobState=[A-Z]*')
+    if [[ yes == yes && $state == JobState=RUNNING && ! -e $slurm_dir/cancelled ]]; then
+        bad=$(sort -u "$slurm_dir/bad_nodes" 2>/dev/null | paste -sd,)
+        if [[ -n $bad && $bad != "${OPD_EXCLUDED:-}" ]]; then
+            successor=$(OPD_EXCLUDED=$bad sbatch --parsable --dependency="afterany:$SLURM_JOB_ID" --exclude="$bad" "$slurm_dir/job.sh") &&
+                printf '%s\n' "${successor%%;*}" >>"$slurm_dir/jobs" && say "job ${successor%%;*} goes on without $bad" && exit 75
+        fi
+        say "requeued"
+        # Slurm ends this script here.
+        scontrol requeue "$SLURM_JOB_ID" && { sleep 300 & wait $!; }
+    fi
+    say "go on with: opd resume $run"
+    exit 75
+}
+
+# ---------------------------------------------------------------- the job
+
+cd "$run" || exit 78
+[[ -e $run/DONE ]] && { say "the run is done"; exit 0; }
+[[ -e $slurm_dir/cancelled ]] && { say "the run was cancelled; opd resume goes on with it"; exit 0; }
+owner=$(cat "$slurm_dir/owner" 2>/dev/null)
+if [[ -n $owner && $owner != "$SLURM_JOB_ID" ]] && is_alive "$owner"; then
+    say "job $owner is alive in $run"
+    exit 78
+fi
+say "job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}, nodes ${SLURM_JOB_NODELIST:-?}"
+trap 'request_stop USR1' USR1
+trap 'request_stop TERM' TERM
+attempt=$(begin_attempt)
+code=$?
+if ((code != 0)); then
+    ((code == 78)) && exit 78
+    again
+fi
+attempt_dir=$run/attempts/$attempt
+[[ -z $stopping ]] || : >"$attempt_dir/stop_requested"
+say "attempt $attempt"
+for i in "${!names[@]}"; do start "$i"; done
+watch
+end_attempt "$code"
+say "attempt $attempt ended with code $code"
+[[ -e $run/DONE ]] && { say "the run is done"; exit 0; }
+((code == 78)) && exit 78
+again
