@@ -34,12 +34,12 @@ demo: install ## Run the demo recipe: a tiny student learns from a tiny teacher
 	@$(BIN)/opd run demo $(ARGS)
 
 .PHONY: test
-test: install ## Run the whole CPU suite
+test: install-launch slurm ## Run the whole CPU suite
 	$(PYTEST) -m "not real and not gpu and not slow" -n $(TEST_JOBS)
 	$(PYTEST) -m "real and not gpu and not slow and not transformer_engine" -n $(TEST_JOBS) --dist loadfile --durations=10
 
 .PHONY: test-slow
-test-slow: install ## Run the tests that take minutes each
+test-slow: install-launch slurm ## Run the tests that take minutes each
 	$(PYTEST) -m "slow and not gpu and not transformer_engine" --durations=0
 
 .PHONY: test-megatron-latest
@@ -87,8 +87,12 @@ bench-planner: install ## Measure what the planner predicts: whole runs and lear
 	$(BIN)/python -m benchmarks.planner report --write-docs
 
 .PHONY: install-launch
-install-launch: install ## Add NeMo-Run to .venv (the extra `launch`)
-	@$(BIN)/python -m pip install -q --no-compile --no-deps --require-hashes -r locks/launch-cpu.lock
+install-launch: ## Add NeMo-Run to .venv (the extra `launch`); the tests of `opd submit` want it
+	@PYTHON=$(PYTHON) scripts/install.sh launch
+
+.PHONY: slurm
+slurm: ## Install Slurm's Debian packages for the tests, where that is possible
+	@scripts/install_slurm.sh
 
 .PHONY: uv
 uv: install

@@ -1,22 +1,30 @@
 #!/usr/bin/env bash
 # Install the CPU environment into .venv from the locks: what every `make` target runs first.
-# Two stamps inside .venv say what was installed, so a call with nothing to do takes milliseconds.
+# With the argument `launch`, NeMo-Run (the extra `launch`) on top of it.
+# Stamps inside .venv say what was installed, so a call with nothing to do takes milliseconds.
 # On failure: the reason, the tail of the log, exit code 78 (something here must change) or 75 (try again).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 PYTHON=${PYTHON:-python3.11}
+WITH=${1:-}
 VENV=.venv
 LOG=$VENV/install.log
 MIN_GLIBC=2.34 # SGLang's wheel is built for manylinux_2_34
 MIN_FREE_MIB=3000
 
 lock_hash=$(cat locks/cpu.lock locks/torch-cpu.txt | sha256sum)
+launch_hash=$(sha256sum <locks/launch-cpu.lock)
 project_hash=$(printf '%s' "$PWD" | cat - pyproject.toml | sha256sum)
 
 is_current() { [[ -f $VENV/.stamp-$1 && $(<"$VENV/.stamp-$1") == "$2" ]]; }
 
-if is_current lock "$lock_hash" && is_current project "$project_hash"; then exit 0; fi
+all_current() {
+    is_current lock "$lock_hash" && is_current project "$project_hash" &&
+        { [[ $WITH != launch ]] || is_current launch "$launch_hash"; }
+}
+
+if all_current; then exit 0; fi
 
 refuse() {
     printf 'install: %s\n' "$1" >&2
@@ -76,11 +84,11 @@ check_machine
 mkdir -p "$VENV"
 exec 9>"$VENV/.install-lock"
 flock 9 # two `make` at once: the second waits, then finds the work done
-if is_current lock "$lock_hash" && is_current project "$project_hash"; then exit 0; fi
+if all_current; then exit 0; fi
 
 : >"$LOG"
 if ! is_current lock "$lock_hash"; then
-    rm -f "$VENV/.stamp-lock"
+    rm -f "$VENV"/.stamp-{lock,project,launch}
     check_disk
     [[ -x $VENV/bin/pip ]] || stage "Create .venv with $("$PYTHON" --version)" "$PYTHON" -m venv "$VENV"
     stage "Install $(grep -c '==' locks/cpu.lock) pinned packages" \
@@ -89,5 +97,12 @@ if ! is_current lock "$lock_hash"; then
     stage "Check that torch loads" check_torch
     printf '%s\n' "$lock_hash" >"$VENV/.stamp-lock"
 fi
-stage "Install this project, editable" pip_install --no-deps --no-build-isolation -e .
-printf '%s\n' "$project_hash" >"$VENV/.stamp-project"
+if ! is_current project "$project_hash"; then
+    stage "Install this project, editable" pip_install --no-deps --no-build-isolation -e .
+    printf '%s\n' "$project_hash" >"$VENV/.stamp-project"
+fi
+if [[ $WITH == launch ]] && ! is_current launch "$launch_hash"; then
+    stage "Install NeMo-Run and $(($(grep -c '==' locks/launch-cpu.lock) - 1)) packages" \
+        pip_install --no-deps --require-hashes -r locks/launch-cpu.lock
+    printf '%s\n' "$launch_hash" >"$VENV/.stamp-launch"
+fi

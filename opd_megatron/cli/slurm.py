@@ -115,12 +115,13 @@ def table_lines(table: RoleTable) -> list[str]:
 
 def _print_dry_run(job: Job, through_nemo: bool) -> None:
     """To stdout, unwrapped, so that it can be piped: comments first, then the script that would run."""
+    submitted = nemo.dry_run(job) if through_nemo else ""
     notes = [*describe(job.recipe), f"run directory {job.run.root}", *table_lines(job.table)]
     for note in notes:
         typer.echo(f"# {note}")
     if through_nemo:
         typer.echo("# ---- what NeMo-Run submits; it hands over to the job script below")
-        typer.echo(nemo.dry_run(job))
+        typer.echo(submitted)
         typer.echo("# ---- the job script, " + str(job.run.slurm.script))
     typer.echo(job.script, nl=False)
 

@@ -32,6 +32,7 @@ from opd_megatron.launch.roles import (
     server_role,
     write_endpoints,
 )
+from opd_megatron.launch.slurm.queue import refuse_living_job
 from opd_megatron.launch.supervisor import (
     Interrupted,
     MainSigns,
@@ -135,6 +136,7 @@ def _claimed(
     check_machine(recipe)
     if resume:
         read_run_mapping(run.run_yaml)
+        refuse_living_job(run)
     make_folder(run.root, "--run-dir")
     with lock.hold(run.lock):
         prepare_run_dir(run, recipe, recipe_file, overrides, resume)

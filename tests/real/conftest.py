@@ -1,8 +1,29 @@
-"""Makes the modules beside the tests importable (`whole_runs`, `kill_runs`)."""
+"""Makes the modules beside the tests importable (`whole_runs`, `kill_runs`), and starts a Slurm where one can be."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Generator
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parent))
+
+from slurm_cluster import Cluster, missing_programs
+
+SLURM_NODES = 5
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Generator[Cluster]:
+    """A Slurm of this session's own, with five virtual nodes."""
+    missing = missing_programs()
+    if missing:
+        pytest.skip(
+            f"NO SLURM HERE: {', '.join(missing)} missing; scripts/install_slurm.sh installs them on Debian as root"
+        )
+    made = Cluster(tmp_path_factory.mktemp("slurm"), SLURM_NODES)
+    made.start()
+    yield made
+    made.stop()

@@ -21,7 +21,7 @@ from pathlib import Path
 from opd_megatron.atomic import read_json, write_bytes, write_json
 from opd_megatron.config.run_yaml import read_run_yaml
 from opd_megatron.errors import ConfigError, OpdError, RoleDied
-from opd_megatron.launch import leftovers
+from opd_megatron.launch import leftovers, lock
 from opd_megatron.launch.preflight import check_inputs, check_learner
 from opd_megatron.launch.slurm.table import read_table
 from opd_megatron.observe.environment import describe_environment
@@ -122,8 +122,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--job", required=True)
     arguments = parser.parse_args(argv)
+    run = RunDir(arguments.run_dir)
     try:
-        print(begin(RunDir(arguments.run_dir), arguments.job), flush=True)
+        # Against a run of `opd run` in the same directory, as far as the file system knows locks.
+        with lock.hold(run.lock):
+            print(begin(run, arguments.job), flush=True)
     except OpdError as error:
         print(f"opd: {error}", file=sys.stderr, flush=True)
         return error.exit_code

@@ -10,6 +10,7 @@ and what is known to go wrong in 0.11.1 can not reach a run:
     a launcher that gives up ends with 0: success                             the job script's exit code is the job's
     `--gpus-per-node=None` and the like                                       `verify` reads the script before it goes
     status needs sacct                                                        `opd status` asks scontrol (queue.py)
+    `sbatch --requeue` on the command line, over the script's `--no-requeue`  refused together with `requeue: false`
 
 It runs in a process of its own (nemo_main.py), with its home inside the run directory.
 """
@@ -57,6 +58,10 @@ def check(site: Site) -> None:
             "het",
             "NeMo-Run gives every component the first one's options",
             "say --via sbatch, or placement=slices",
+        )
+    if not site.requeue:
+        raise ConfigError.of(
+            "cluster.requeue", False, "NeMo-Run submits with `sbatch --requeue`", "say --via sbatch"
         )
     if site.ssh_host:
         for key in ("ssh_user", "ssh_job_dir", "python"):

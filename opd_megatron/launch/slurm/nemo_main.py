@@ -54,7 +54,7 @@ def dry_run(request: dict[str, Any]) -> dict[str, Any]:
     import nemo_run as run  # pyright: ignore[reportMissingImports]
 
     for experiment in _experiment(run, request, _tunnel(run, request)):
-        experiment.dryrun(log=False)
+        experiment.dryrun(log=False, delete_exp_dir=False)
     home = Path(os.environ["NEMORUN_HOME"])
     (script,) = home.glob("experiments/*/*/*_sbatch.sh")
     return {"script": script.read_text()}

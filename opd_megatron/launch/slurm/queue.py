@@ -125,6 +125,30 @@ def living_job(run: RunDir) -> JobState | None:
     return None
 
 
+def refuse_living_job(run: RunDir) -> None:
+    """For a run that is to go on outside Slurm, in a directory that jobs have used.
+
+    Raises:
+        ConfigError: one of its jobs waits or runs, or nobody here can tell.
+    """
+    if not run.slurm.owner.exists() or run.done.exists():
+        return
+    if shutil.which("scontrol") is None:
+        numbers = run.attempts()
+        if numbers and not run.attempt(numbers[-1]).ended.exists():
+            owner = run.slurm.owner.read_text().strip()
+            raise ConfigError.of(
+                "--run-dir", str(run.root), f"job {owner} may be alive, and Slurm is not here to ask",
+                "cancel it and resume on a login node",
+            )  # fmt: skip
+        return
+    living = living_job(run)
+    if living is not None:
+        raise ConfigError.of(
+            "--run-dir", str(run.root), f"job {living.job} is {living.state}", "opd cancel it first"
+        )
+
+
 def cancel(run: RunDir) -> list[str]:
     """Mark the run as cancelled and cancel its jobs, successors included; returns their ids."""
     run.slurm.root.joinpath("cancelled").touch()

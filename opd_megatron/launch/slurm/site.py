@@ -80,7 +80,7 @@ class Site:
     srun_options: list[str] = field(default_factory=list[str])
     grace_s: int = 300
     max_idle_attempts: int = 3
-    server_restarts: int = 3
+    server_restarts: int = 0
     requeue: bool = True
     node_check: str = ""
     environment: dict[str, str] = field(default_factory=dict[str, str])

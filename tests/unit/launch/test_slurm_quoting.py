@@ -94,7 +94,7 @@ def test_hostile_texts_arrive_unchanged(tmp_path: Path, monkeypatch: pytest.Monk
         start = got.index(name) + 1
         assert got[start : start + len(texts)] == texts
         lines = path.with_suffix(".env").read_bytes().decode().split("\0")
-        found = dict(line.partition("=")[::2] for line in lines)
+        found = {key: value for key, _, value in (line.partition("=") for line in lines)}
         assert {key: found[key] for key in environment} == environment
         checked += len(texts)
     assert arguments == {}

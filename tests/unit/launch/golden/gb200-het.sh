@@ -139,9 +139,9 @@ watch() {
                 return
             elif [[ -e $attempt_dir/finishing || -e $attempt_dir/ended ]]; then
                 unset "pid[$i]"
-            elif [[ ${names[$i]} != learner ]] && ((code != 78 && ${restarts[$i]:-0} < 3)); then
+            elif [[ ${names[$i]} != learner ]] && ((code != 78 && ${restarts[$i]:-0} < 0)); then
                 restarts[$i]=$((${restarts[$i]:-0} + 1))
-                say "${names[$i]} ended with code $code; restart ${restarts[$i]} of 3 in its place"
+                say "${names[$i]} ended with code $code; restart ${restarts[$i]} of 0 in its place"
                 start "$i"
             else
                 say "${names[$i]} ended with code $code before the run was done"

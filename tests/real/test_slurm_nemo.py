@@ -1,0 +1,139 @@
+"""A run through NeMo-Run to its end, and each of its known defects kept away from it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from slurm_cluster import Cluster
+from slurm_runs import (
+    hosts,
+    log,
+    opd,
+    submit,
+    wait_done,
+    wait_over,
+)
+from whole_runs import ROOT, SMALL, check_finished
+
+from opd_megatron.config.recipes import resolve_recipe
+from opd_megatron.errors import ServerError
+from opd_megatron.launch.slurm import nemo
+from opd_megatron.launch.slurm.queue import jobs_of
+from opd_megatron.launch.slurm.site import load_site
+from opd_megatron.launch.slurm.submit import plan
+from opd_megatron.rundir import RunDir
+
+pytest.importorskip("nemo_run", reason="NO NEMO-RUN HERE: `make install-launch` adds it")
+pytestmark = [pytest.mark.real, pytest.mark.timeout(600)]
+
+# What NeMo-Run would cut at the space, run, upper-case, or leak into a trace.
+HOSTILE = {"lower_case": "two words", "COMMAND": "$(touch hacked)", "QUOTES": 'it\'s "so"'}
+SECRET = "the-secret-itself"
+
+
+def _timeless(script: str) -> str:
+    """NeMo-Run names an experiment by the time."""
+    return re.sub(r"opd_\d{10,}", "opd_TIME", script)
+
+
+def test_a_run_through_nemo_run_reaches_its_end_as_the_dry_run_said(
+    cluster: Cluster,
+    tmp_path: Path,
+) -> None:
+    secret = tmp_path / "token"
+    secret.write_text(SECRET + "\n")
+    secret.chmod(0o600)
+    settings = [
+        "steps=2",
+        f"cluster.secrets.MY_TOKEN={secret}",
+        *(f"cluster.environment.{name}={value}" for name, value in HOSTILE.items()),
+        # Runs on every node, in the role's environment.
+        f"cluster.node_check=env -0 > {tmp_path}/$SLURMD_NODENAME.$SLURM_STEP_ID.env",
+    ]
+    target = str(tmp_path / "run")
+    dry = opd(
+        cluster,
+        *(
+            "submit",
+            "demo",
+            *SMALL,
+            *settings,
+            "--cluster",
+            "cpu-test",
+            "--run-dir",
+            target,
+            "--dry-run",
+        ),
+    )
+    assert not Path(target).exists()
+    run = submit(cluster, tmp_path, *settings, via="nemo-run")
+    assert run.slurm.script.read_text() in dry
+    (submitted,) = (run.slurm.root / "nemo-run").glob("experiments/*/*/*_sbatch.sh")
+    assert _timeless(submitted.read_text()).strip() in _timeless(dry)
+    assert opd(cluster, "status", str(run.root)).count("job ") == 1
+    wait_done(cluster, run)
+    check_finished(run, 2)
+    assert set(hosts(run, 1)) == {"learner-0", "rollout-0", "teacher-main-0"}
+    assert "the run is done" in log(run)
+    assert "step 2/2" in opd(cluster, "logs", str(run.root))
+    status = opd(cluster, "status", str(run.root))
+    assert "COMPLETED" in status and "done" in status and "step 2 of 2" in status
+    _check_environment(tmp_path)
+    _check_no_secret(run.root, dry)
+
+
+def _check_environment(folder: Path) -> None:
+    files = list(folder.glob("*.env"))
+    assert len(files) == 4  # controller, learner, rollout, teacher
+    for path in files:
+        lines = path.read_bytes().decode().split("\0")
+        found = {name: value for name, _, value in (line.partition("=") for line in lines)}
+        assert {name: found[name] for name in HOSTILE} == HOSTILE
+        assert "LOWER_CASE" not in found
+    assert not list(folder.rglob("hacked"))
+
+
+def _check_no_secret(root: Path, dry: str) -> None:
+    assert SECRET not in dry
+    for path in root.rglob("*"):
+        if path.is_file():
+            assert SECRET.encode() not in path.read_bytes(), path
+
+
+def test_a_failed_job_is_not_a_success(cluster: Cluster, tmp_path: Path) -> None:
+    student = tmp_path / "student"
+    shutil.copytree(ROOT / "recipes/demo/student", student)
+    run = submit(
+        cluster, tmp_path, f"student.path={student}", "cluster.setup=[sleep 1]", via="nemo-run"
+    )
+    (student / "config.json").write_text("{")
+    wait_over(cluster, run, 120)
+    (job,) = jobs_of(run)
+    assert "ExitCode=78:0" in cluster.call("scontrol", "show", "job", job).stdout, log(run)
+    status = opd(cluster, "status", str(run.root))
+    assert "FAILED" in status and "not done" in status
+
+
+def test_what_nemo_run_can_not_carry_is_refused_before_it_starts(cluster: Cluster) -> None:
+    base = ("submit", "demo", "--cluster", "cpu-test", "--dry-run")
+    assert "--via sbatch" in opd(cluster, *base, "cluster.requeue=false", code=78)
+    assert "--via sbatch" in opd(cluster, *base, "cluster.placement=het", code=78)
+
+
+def test_a_script_with_a_fault_is_never_submitted() -> None:
+    recipe, path = resolve_recipe("demo", [])
+    job = plan(recipe, path, [], load_site("cpu-test"), RunDir(Path("/runs/x")))
+    good = nemo.dry_run(job)
+    nemo.verify(good, job)
+    for broken, words in (
+        (good.replace("#SBATCH --nodes=3", "#SBATCH --nodes=None"), "without a value"),
+        (good.replace("#SBATCH --nodes=3\n", ""), "left out --nodes=3"),
+        (good.replace("set +e", "export FOO=bar"), "FOO"),
+        (good.replace("exec bash", "bash"), "hand over"),
+    ):
+        assert broken != good
+        with pytest.raises(ServerError, match=words):
+            nemo.verify(broken, job)
