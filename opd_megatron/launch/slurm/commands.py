@@ -16,7 +16,7 @@ from opd_megatron.launch.roles import (
 )
 from opd_megatron.launch.roles import write_endpoints as write_endpoint_file
 from opd_megatron.launch.slurm import nodes
-from opd_megatron.launch.slurm.table import CONTROLLER, LEARNER
+from opd_megatron.launch.slurm.table import LEARNER
 from opd_megatron.launch.supervisor import RoleCommand
 
 if TYPE_CHECKING:
@@ -119,15 +119,13 @@ def write_all_endpoints(place: Place) -> None:
     Raises:
         RoleDied: a node did not start in time.
     """
-    roles = [r for r in place.frozen.table.roles if r.name not in (CONTROLLER, LEARNER)]
-    settings = servers_by_role(place.recipe)
-    seconds = max((config.start_timeout_s for _, config in settings.values()), default=0.0)
+    here = {role.name: role for role in place.frozen.table.roles}
     placed: dict[str, list[Server]] = {}
-    for role in roles:
-        model_path, config = settings[role.name]
-        paths = [nodes.path_of(place.attempt.nodes, role.name, i) for i in range(role.nodes)]
-        found = nodes.wait_for_nodes(paths, seconds, place.attempt.ended.exists)
-        placed[role.name] = [
+    for name, (model_path, config) in servers_by_role(place.recipe).items():
+        count = here[name].nodes if name in here else 0
+        paths = [nodes.path_of(place.attempt.nodes, name, i) for i in range(count)]
+        found = nodes.wait_for_nodes(paths, config.start_timeout_s, place.attempt.ended.exists)
+        placed[name] = [
             Server(s["name"], s["url"], model_path, config, 0)
             for node in found
             for s in node.servers

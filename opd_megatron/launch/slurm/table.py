@@ -109,6 +109,7 @@ def role_table(recipe: Recipe, site: Site) -> RoleTable:
     wanted = {LEARNER: (recipe.learner.world_size, 1)} | {
         name: (config.num_servers, config.tensor_parallel)
         for name, (_, config) in servers_by_role(recipe).items()
+        if recipe.uses_servers
     }
     rows: list[Role] = []
     components: list[Component] = []

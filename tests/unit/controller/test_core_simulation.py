@@ -192,6 +192,8 @@ def test_weights_of_given_responses_are_published_for_evaluations_and_at_the_end
     world.answer = answer  # type: ignore[method-assign]
     assert isinstance(world.run(), p.Finish)
     assert published == [3, 6, 7]
+
+
 def test_a_stop_while_prompts_are_out_commits_at_once_and_keeps_them_in_flight() -> None:
     core = Core(SETTINGS)
     core.step, core.recorded_step, core.evaluated_step = 1, 1, 1
