@@ -16,7 +16,7 @@ SLURM_NODES = 5
 
 
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Generator[Cluster]:
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Generator[Cluster]:
     """A Slurm of this session's own, with five virtual nodes."""
     missing = missing_programs()
     if missing:
@@ -27,3 +27,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Generator[Cluster]:
     made.start()
     yield made
     made.stop()
+
+
+@pytest.fixture
+def cluster(slurm: Cluster) -> Generator[Cluster]:
+    """It, without a job before and after."""
+    yield slurm
+    slurm.cancel_all()

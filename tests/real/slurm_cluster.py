@@ -217,8 +217,8 @@ class Cluster:
         return any(f.startswith(spool) for f in files) or node in children
 
     def stop(self) -> None:
-        """Cancel what is left and end every daemon."""
-        self.call("scancel", "-u", getpass.getuser(), "--full", "-s", "KILL")
+        """End every daemon."""
+        self.cancel_all()
         found = [
             self._pid(path)
             for path in (*self.folder.glob("run/slurmd-*.pid"), self.folder / "run/slurmctld.pid")
@@ -231,6 +231,11 @@ class Cluster:
         _, alive = psutil.wait_procs(daemons, timeout=10)
         for daemon in alive:
             daemon.kill()
+
+    def cancel_all(self) -> None:
+        """End what a failed test left, and wait until the nodes are free."""
+        self.call("scancel", "-u", getpass.getuser())
+        self.wait_idle()
 
     def state(self, job: str) -> str:
         out = self.call("squeue", "-h", "-j", job, "-t", "all", "-o", "%T").stdout.split()

@@ -61,7 +61,12 @@ def test_a_dead_node_requeues_the_job_and_cancel_leaves_nothing(
     nodes = run.attempt(1).nodes
     wait_for(run, lambda: (nodes / "teacher-main-0.json").exists(), 60, "the teacher's node")
     second = cluster.call(
-        "sbatch", "--parsable", "--output", str(tmp_path / "second.log"), str(run.slurm.script)
+        "sbatch",
+        "--parsable",
+        "--nodes=1",
+        "--output",
+        str(tmp_path / "second.log"),
+        str(run.slurm.script),
     )
     job = second.stdout.strip()
     wait_for(run, lambda: cluster.state(job) == "FAILED", 60, "the second job to be refused")

@@ -196,6 +196,7 @@ def render(site: Site, table: RoleTable, run: RunDir, job_name: str) -> str:
         begin=begin,
         requeue=site.requeue,
         server_restarts=site.server_restarts,
+        max_idle_attempts=site.max_idle_attempts,
     )
 
 

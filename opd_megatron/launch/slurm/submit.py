@@ -99,7 +99,8 @@ def resume(run: RunDir) -> str:
             f"job {living.job} is {living.state}",
             "wait for it, or opd cancel it",
         )
-    (run.slurm.root / "cancelled").unlink(missing_ok=True)
+    for name in ("cancelled", "begin_failures"):
+        (run.slurm.root / name).unlink(missing_ok=True)
     job = queue.submit_script(run.slurm.script)
     queue.add_job(run, job)
     return job

@@ -148,6 +148,7 @@ again() {
         fi
         say "requeued"
         # Slurm ends this script here.
+        trap 'exit 75' TERM USR1
         scontrol requeue "$SLURM_JOB_ID" && { sleep 300 & wait $!; }
     fi
     say "go on with: opd resume $run"
@@ -171,8 +172,13 @@ attempt=$(begin_attempt)
 code=$?
 if ((code != 0)); then
     ((code == 78)) && exit 78
-    again
+    failures=$(($(cat "$slurm_dir/begin_failures" 2>/dev/null || echo 0) + 1))
+    printf '%s\n' "$failures" >"$slurm_dir/begin_failures"
+    ((failures < 3)) && again
+    say "$failures attempts in a row could not begin; mend the cause, then opd resume $run"
+    exit 78
 fi
+rm -f "$slurm_dir/begin_failures"
 attempt_dir=$run/attempts/$attempt
 [[ -z $stopping ]] || : >"$attempt_dir/stop_requested"
 say "attempt $attempt"
