@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import ssh_server
 from slurm_cluster import Cluster
 from slurm_runs import (
     hosts,
@@ -14,6 +18,7 @@ from slurm_runs import (
     opd,
     submit,
     wait_done,
+    wait_for,
     wait_over,
 )
 from whole_runs import ROOT, SMALL, check_finished
@@ -115,6 +120,38 @@ def test_a_failed_job_is_not_a_success(cluster: Cluster, tmp_path: Path) -> None
     assert "ExitCode=78:0" in cluster.call("scontrol", "show", "job", job).stdout, log(run)
     status = opd(cluster, "status", str(run.root))
     assert "FAILED" in status and "not done" in status
+
+
+@pytest.mark.skipif(
+    bool(ssh_server.missing()), reason=f"NO SSH HERE: {', '.join(ssh_server.missing())} missing"
+)
+def test_a_run_is_carried_over_ssh_and_begins_on_the_other_side(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    run = RunDir(tmp_path / "there" / "run")
+    there = {name: cluster.environment[name] for name in ("SLURM_CONF", "PATH")}
+    here = {k: v for k, v in os.environ.items() if k != "SLURM_CONF"} | {"PYTHONPATH": str(ROOT)}
+    with ssh_server.login_node(tmp_path, {**there, "PYTHONPATH": str(ROOT)}) as login:
+        arguments = [
+            *(sys.executable, "-m", "opd_megatron", "submit", "demo", *SMALL, "steps=500"),
+            *("--cluster", "cpu-test", "--run-dir", str(run.root), "--allow-dirty"),
+            *("cluster.ssh_host=127.0.0.1", f"cluster.ssh_port={login.port}"),
+            *(f"cluster.ssh_user={login.user}", f"cluster.ssh_identity={login.identity}"),
+            *(f"cluster.ssh_job_dir={tmp_path}/there/jobs", f"cluster.python={sys.executable}"),
+        ]
+        done = subprocess.run(
+            arguments, env=here, cwd=ROOT, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        again = subprocess.run(
+            arguments, env=here, cwd=ROOT, capture_output=True, text=True, timeout=120
+        )
+        assert again.returncode == 75, "a run that is there is not written over"
+    (job,) = jobs_of(run)
+    assert f"job {job}\n" in done.stdout
+    wait_for(run, lambda: "attempt 1\n" in log(run), 60, "the first attempt")
+    opd(cluster, "cancel", str(run.root))
+    wait_over(cluster, run)
 
 
 def test_what_nemo_run_can_not_carry_is_refused_before_it_starts(cluster: Cluster) -> None:

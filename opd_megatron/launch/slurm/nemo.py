@@ -83,7 +83,7 @@ def request_of(job: Job) -> dict[str, Any]:
     tunnel = None
     if site.ssh_host:
         tunnel = {
-            "host": site.ssh_host, "user": site.ssh_user, "job_dir": site.ssh_job_dir,
+            "host": site.ssh_host, "port": site.ssh_port, "user": site.ssh_user, "job_dir": site.ssh_job_dir,
             "identity": site.ssh_identity or None,
         }  # fmt: skip
     return {

@@ -87,6 +87,7 @@ class Site:
     secrets: dict[str, str] = field(default_factory=dict[str, str])
     setup: list[str] = field(default_factory=list[str])
     ssh_host: str = ""
+    ssh_port: int = 22
     ssh_user: str = ""
     ssh_identity: str = ""
     ssh_job_dir: str = ""
