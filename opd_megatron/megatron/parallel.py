@@ -81,8 +81,9 @@ def layout_of(learner: LearnerConfig) -> Layout:
 def start_process_group(device: str, timeout_s: float) -> None:
     """Join the torchrun world; every collective on it is bounded by `timeout_s`."""
     if device == "cpu":
-        # The host name may resolve to an interface that a container does not have.
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        # The host name may resolve to an interface that a container does not have. On several nodes loopback is wrong.
+        if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         backend = "gloo"
     else:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
