@@ -1,0 +1,124 @@
+"""`opd submit` without a cluster: what it prints, writes and refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from opd_megatron.cli.app import main
+from opd_megatron.config.recipes import resolve_recipe
+from opd_megatron.config.run_yaml import read_run_yaml
+from opd_megatron.errors import ConfigError
+from opd_megatron.launch.slurm import queue
+from opd_megatron.launch.slurm.site import load_site
+from opd_megatron.launch.slurm.source import check_source, record_source
+from opd_megatron.launch.slurm.submit import plan, resume, write_job
+from opd_megatron.rundir import RunDir
+
+WHERE = ["--cluster", "cpu-test", "--via", "sbatch", "--allow-dirty"]
+
+
+def opd(*arguments: str) -> int:
+    try:
+        main(list(arguments))
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def test_a_dry_run_prints_the_very_script_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "run"
+    own = ["submit", "demo", "steps=3", "--run-dir", str(target), *WHERE]
+    assert opd(*own, "--dry-run") == 0
+    dry = capsys.readouterr().out
+    assert not target.exists()
+    assert "# teacher-main " in dry
+    assert opd(*own, "--render", str(tmp_path / "job.sh")) == 0
+    assert f"submit it with: sbatch {tmp_path}/job.sh" in capsys.readouterr().out
+    script = (tmp_path / "job.sh").read_text()
+    assert script == RunDir(target).slurm.script.read_text()
+    assert dry.endswith(script)
+    assert max(len(line) for line in dry.splitlines()) > 200, "commands are not wrapped"
+    assert read_run_yaml(RunDir(target).run_yaml).steps == 3
+    assert opd(*own, "--render", str(tmp_path / "job.sh")) == 78
+    assert "holds a run already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["submit", "demo"], "--cluster"),
+        (["submit", "demo", "--cluster", "gb20-nvl72"], "did you mean 'gb200-nvl72'"),
+        (["submit", "demo", *WHERE, "--via", "pigeon"], "must be nemo-run or sbatch"),
+        (["submit", "demo", *WHERE, "cluster.tiem=1"], "did you mean 'time'"),
+        (["submit", "demo", *WHERE, "learner.tensor_paralel=2"], "did you mean"),
+        (["submit", "demo", *WHERE, "student.path=/nowhere"], "no such directory"),
+        (["status", "/nowhere"], "holds no Slurm job"),
+        (["resume", "/nowhere"], "holds no Slurm job"),
+    ],
+)
+def test_a_mistake_ends_with_78_before_anything_is_written(
+    arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if arguments[0] == "submit":
+        arguments = [*arguments, "--run-dir", str(tmp_path / "run")]
+    assert opd(*arguments) == 78
+    assert words in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def _repository(folder: Path) -> Path:
+    git = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for arguments in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "one"]):
+        subprocess.run([*git, *arguments], check=True)
+    return folder
+
+
+def test_a_changed_checkout_is_refused_or_its_difference_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    root = _repository(tmp_path / "source")
+    assert check_source(False, root)["git"]["dirty"] is False
+    (root / "new.py").write_text("x = 1\n")
+    with pytest.raises(ConfigError, match="differs from its commit"):
+        check_source(False, root)
+    run = RunDir(tmp_path / "run")
+    run.slurm.root.mkdir(parents=True)
+    record_source(run, check_source(True, root), root)
+    assert json.loads((run.slurm.root / "source.json").read_text())["git"]["dirty"] is True
+    assert "new.py" in (run.slurm.root / "source.diff").read_text()
+
+
+def test_a_finished_run_is_not_resumed(tmp_path: Path) -> None:
+    recipe, path = resolve_recipe("demo", [])
+    job = plan(recipe, path, [], load_site("cpu-test"), RunDir(tmp_path / "run"))
+    write_job(job, {"git": None})
+    job.run.done.touch()
+    with pytest.raises(ConfigError, match="the run is done"):
+        resume(job.run)
+
+
+def test_a_command_of_slurm_that_is_missing_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    with pytest.raises(ConfigError, match="run this on a login node"):
+        queue.state_of("1")
+
+
+def test_a_local_run_stays_out_of_a_directory_whose_job_may_live(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunDir(tmp_path)
+    queue.refuse_living_job(run)
+    run.slurm.root.mkdir()
+    run.slurm.owner.write_text("12\n")
+    attempt = run.attempt(1)
+    attempt.root.mkdir(parents=True)
+    monkeypatch.setenv("PATH", "/nonexistent")
+    with pytest.raises(ConfigError, match="job 12 may be alive"):
+        queue.refuse_living_job(run)
+    attempt.ended.write_text("75\n")
+    queue.refuse_living_job(run)
