@@ -30,7 +30,8 @@ from types import FrameType
 from opd_megatron.atomic import write_bytes
 from opd_megatron.config.run_yaml import read_run_yaml
 from opd_megatron.config.schema import Recipe
-from opd_megatron.errors import EXIT_DONE, EXIT_RETRY, ConfigError, OpdError, RoleDied
+from opd_megatron.errors import EXIT_DONE, EXIT_RETRY, OpdError, RoleDied
+from opd_megatron.launch.gpus import visible_gpus
 from opd_megatron.launch.members import scratch
 from opd_megatron.launch.ports import PortReservations
 from opd_megatron.launch.preflight import check_machine
@@ -60,33 +61,50 @@ class Place:
         return self.frozen.table.nodes == 1
 
 
-def check_node(place: Place) -> None:
-    """Run the site's check of a node, and leave the node out from now on when it fails.
-
-    Raises:
-        RoleDied: the check failed, or a recipe for GPUs finds no driver here.
-    """
-    reason = ""
-    if place.frozen.node_check:
+def _failed_check(command: str) -> str:
+    """Why the site's check of this node failed; empty when it passed."""
+    try:
         done = subprocess.run(
-            ["bash", "-c", place.frozen.node_check],
+            ["bash", "-c", command],
             capture_output=True,
             text=True,
             timeout=_CHECK_TIMEOUT_S,
             check=False,
         )
-        if done.returncode:
-            reason = (
-                f"cluster.node_check ended with {done.returncode}: {done.stderr.strip()[-500:]}"
-            )
+    except subprocess.TimeoutExpired:
+        return f"cluster.node_check did not end in {_CHECK_TIMEOUT_S} s"
+    if done.returncode == 0:
+        return ""
+    return f"cluster.node_check ended with {done.returncode}: {done.stderr.strip()[-500:]}"
+
+
+def _missing_gpus(place: Place) -> str:
+    """What is wrong with this node's GPUs; empty when as many answer as the role needs."""
+    wanted = place.role.first_device + place.role.devices
+    if place.recipe.device != "cuda" or place.role.devices == 0:
+        return ""
     try:
-        check_machine(place.recipe)
-    except ConfigError as error:
-        reason = str(error)
+        found = len(visible_gpus())
+    except subprocess.TimeoutExpired:
+        return "nvidia-smi does not answer"
+    return "" if found >= wanted else f"nvidia-smi lists {found} GPUs, the role needs {wanted}"
+
+
+def check_node(place: Place) -> None:
+    """Run the site's check of a node and count its GPUs; leave the node out from now on when one fails.
+
+    Raises:
+        RoleDied: the node is bad.
+        ConfigError: torch here has no CUDA, which no other node would mend.
+    """
+    reason = _failed_check(place.frozen.node_check) if place.frozen.node_check else ""
+    reason = reason or _missing_gpus(place)
     if reason:
         with place.run.slurm.bad_nodes.open("a") as file:
             file.write(f"{nodes.node_name()}\n")
         raise RoleDied(f"node {nodes.node_name()} is left out from now on: {reason}")
+    if place.role.devices:
+        check_machine(place.recipe)
 
 
 def run_role(place: Place) -> int:

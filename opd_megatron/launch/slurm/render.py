@@ -195,6 +195,7 @@ def render(site: Site, table: RoleTable, run: RunDir, job_name: str) -> str:
         roles=steps,
         begin=begin,
         requeue=site.requeue,
+        exclude=site.exclude,
         server_restarts=site.server_restarts,
         max_idle_attempts=site.max_idle_attempts,
     )
