@@ -106,5 +106,7 @@ def role_processes(cluster: Cluster, run: RunDir, words: str) -> list[psutil.Pro
 
 
 def hosts(run: RunDir, attempt: int) -> dict[str, str]:
-    """Role and node number -> host."""
-    return {p.stem: read_json(p)["host"] for p in run.attempt(attempt).nodes.glob("*.json")}
+    """Role and node number -> host, but for the controller, which is on the learner's first node."""
+    found = {p.stem: read_json(p)["host"] for p in run.attempt(attempt).nodes.glob("*.json")}
+    assert found.pop("controller-0") == found["learner-0"]
+    return found

@@ -190,7 +190,8 @@ def check_tidy(run: RunDir) -> None:
     for number in run.attempts()[:-1]:
         attempt = run.attempt(number)
         left = {path.name for path in attempt.root.iterdir()}
-        assert left <= {"attempt_id", "batches", "finishing"}, left
+        of_jobs = {"owner.json", "nodes", "ended", "stop_requested"}
+        assert left <= {"attempt_id", "batches", "finishing"} | of_jobs, left
         assert list(attempt.batches.iterdir()) == []
     assert [i for i in identities(run) if scratch_folder(i).exists()] == []
 

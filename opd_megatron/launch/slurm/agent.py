@@ -32,7 +32,7 @@ from opd_megatron.config.run_yaml import read_run_yaml
 from opd_megatron.config.schema import Recipe
 from opd_megatron.errors import EXIT_DONE, EXIT_RETRY, OpdError, RoleDied
 from opd_megatron.launch.gpus import visible_gpus
-from opd_megatron.launch.members import scratch
+from opd_megatron.launch.members import remove_scratch, scratch
 from opd_megatron.launch.ports import PortReservations
 from opd_megatron.launch.preflight import check_machine
 from opd_megatron.launch.slurm import commands, nodes, secrets
@@ -107,6 +107,16 @@ def check_node(place: Place) -> None:
         check_machine(place.recipe)
 
 
+def remove_what_was_left(place: Place) -> None:
+    """Temporary folders on this node of agents of earlier attempts, which were killed with all they had."""
+    here = nodes.node_name()
+    for number in place.run.attempts():
+        for path in place.run.attempt(number).nodes.glob("*.json"):
+            said = nodes.read_node(path)
+            if number < place.attempt.number and said is not None and said.host == here:
+                remove_scratch(said.agent)
+
+
 def run_role(place: Place) -> int:
     """Start the role's processes here and stay with them until they or the attempt end; returns the exit code.
 
@@ -114,6 +124,7 @@ def run_role(place: Place) -> int:
         OpdError: one of them died.
     """
     check_node(place)
+    remove_what_was_left(place)
     identity = uuid.uuid4().hex
     added = secrets.read(place.frozen.secrets)
     with (
@@ -122,6 +133,8 @@ def run_role(place: Place) -> int:
         Supervisor(identity, {**environment, **added}, on_signal=lambda _: notice(place)) as roles,
     ):
         if place.role.name == CONTROLLER:
+            said = nodes.NodeFile(identity, nodes.node_name(), place.address, ())
+            nodes.write_node(place.attempt.nodes, CONTROLLER, 0, said)
             return _run_controller(place, roles)
         if place.role.name == LEARNER:
             roles.start(commands.learner(place, identity, ports))
