@@ -6,6 +6,7 @@ Slurm starts one agent a node; `SLURM_PROCID` says which of the role's nodes thi
 the run directory. How an agent ends:
 
     a process of its role ends          that code of the role: 75, or 78 when the process said so; its log is shown
+    ... a server, once all roles are up no end: it is started again in its place, `max_restarts` times
     attempts/N/ended is there           0, after everything it started is gone
     the controller ends                 its code, written to attempts/N/ended (the controller's agent only)
     SIGTERM, SIGINT, SIGUSR1            not at all: the request to stop is put down for the controller, which commits
@@ -141,21 +142,26 @@ def run_role(place: Place) -> int:
         else:
             for role in commands.servers(place, identity, ports):
                 roles.start(role)
-        roles.attend(lambda: is_over(place.attempt))
+        roles.attend(lambda: is_over(place.attempt), signs_of(place))
         if place.role.name == LEARNER and not place.attempt.finishing.exists():
             dump_stacks(identity)
         return EXIT_DONE
 
 
 def _run_controller(place: Place, roles: Supervisor) -> int:
-    attempt, recipe = place.attempt, place.recipe
+    attempt = place.attempt
     commands.write_all_endpoints(place)
     roles.start(commands.controller(place))
-    signs = MainSigns(attempt.finishing, attempt.heartbeat, recipe.controller.hang_timeout_s)
-    code = roles.watch(CONTROLLER, signs)
+    code = roles.watch(CONTROLLER, signs_of(place))
     if code == EXIT_DONE:
         write_bytes(place.run.done, f"attempt {attempt.number}\n".encode())
     return code
+
+
+def signs_of(place: Place) -> MainSigns:
+    """The controller's signs, which every node sees."""
+    files, limit = place.attempt, place.recipe.controller.hang_timeout_s
+    return MainSigns(files.finishing, files.serving, files.heartbeat, limit)
 
 
 def is_over(attempt: AttemptDir) -> bool:
