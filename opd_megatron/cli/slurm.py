@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -15,9 +16,10 @@ from opd_megatron.cli.runs import default_run_dir
 from opd_megatron.config.recipes import resolve_recipe
 from opd_megatron.config.rules import check
 from opd_megatron.config.run_yaml import read_run_yaml
-from opd_megatron.errors import ConfigError
+from opd_megatron.errors import ConfigError, ServerError
 from opd_megatron.launch.preflight import check_inputs, check_learner
 from opd_megatron.launch.slurm import nemo, queue
+from opd_megatron.launch.slurm.preview import processes
 from opd_megatron.launch.slurm.render import write_script
 from opd_megatron.launch.slurm.site import PREFIX, load_site
 from opd_megatron.launch.slurm.source import check_source
@@ -27,6 +29,8 @@ from opd_megatron.rundir import RunDir
 
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
 _FOLLOW_S = 0.5
+# How long a log that is followed may be silent before Slurm is asked whether the run is over.
+_ASK_S = 5.0
 VIA_NEMO, VIA_SBATCH = "nemo-run", "sbatch"
 
 
@@ -79,6 +83,8 @@ def submit(
     if dry_run:
         _print_dry_run(job, through_nemo)
         return
+    if through_nemo:
+        typer.echo("submitting through NeMo-Run, some ten seconds ...", err=True)
     if site.ssh_host:
         job_id = nemo.submit_over_ssh(job, source)
     else:
@@ -119,6 +125,11 @@ def _print_dry_run(job: Job, through_nemo: bool) -> None:
     notes = [*describe(job.recipe), f"run directory {job.run.root}", *table_lines(job.table)]
     for note in notes:
         typer.echo(f"# {note}")
+    typer.echo(
+        "# ---- what the agents of the job script start: address and ports (0) are chosen at start"
+    )
+    for process in processes(job):
+        typer.echo(f"# {process.line()}")
     if through_nemo:
         typer.echo("# ---- what NeMo-Run submits; it hands over to the job script below")
         typer.echo(submitted)
@@ -158,7 +169,9 @@ def status(run_dir: RunArgument) -> None:
 
 def logs(
     run_dir: RunArgument,
-    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on as it grows.")] = False,
+    follow: Annotated[
+        bool, typer.Option("-f", "--follow", help="Go on as it grows, until the run is over.")
+    ] = False,
     role: Annotated[
         str,
         typer.Option("--role", help="Of one role of the newest attempt, e.g. learner, rollout-0."),
@@ -181,26 +194,50 @@ def logs(
         path = found[-1]
     if not path.exists():
         typer.echo(f"no output yet: {path}")
-        if not follow:
-            return
-    _tail(path, lines, follow)
+    if follow or path.exists():
+        _tail(path, lines, (lambda: _is_over(run)) if follow else None)
 
 
-def _tail(path: Path, lines: int, follow: bool) -> None:
+def _is_over(run: RunDir) -> bool:
+    """Nothing of the run will write any more; says why. Where Slurm can not be asked, only DONE counts."""
+    if run.done.exists():
+        return True
+    try:
+        living = queue.living_job(run)
+    except (ConfigError, ServerError):
+        return False
+    if living is not None:
+        return False
+    typer.echo(f"no job of this run waits or runs; see: opd status {run.root}", err=True)
+    return True
+
+
+def _tail(path: Path, lines: int, is_over: Callable[[], bool] | None) -> None:
+    """The end of a file; with `is_over` also what comes, until that is true."""
     while not path.exists():
-        time.sleep(_FOLLOW_S)
+        time.sleep(_ASK_S)
+        if is_over is not None and not path.exists() and is_over():
+            return
     with path.open("rb") as file:
         end = file.seek(0, 2)
         file.seek(max(0, end - 200 * lines - 65536))
         sys.stdout.buffer.write(b"".join(file.read().splitlines(keepends=True)[-lines:]))
         sys.stdout.buffer.flush()
-        while follow:
+        quiet_s, over = 0.0, False
+        while is_over is not None:
             grown = file.read()
             if grown:
                 sys.stdout.buffer.write(grown)
                 sys.stdout.buffer.flush()
+                quiet_s = 0.0
+            elif over:
+                return
             else:
                 time.sleep(_FOLLOW_S)
+                quiet_s += _FOLLOW_S
+            # Asked before the last read, so that nothing written before the end is left out.
+            if quiet_s >= _ASK_S:
+                over, quiet_s = is_over(), 0.0
 
 
 def cancel(run_dir: RunArgument) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -64,14 +65,19 @@ def servers(place: Place, identity: str, ports: PortReservations) -> list[RoleCo
         tuple({"name": server.role, "url": server.url} for server in placed),
     )
     nodes.write_node(attempt.nodes, role.name, place.index, said)
+    return server_commands(place, placed)
+
+
+def server_commands(place: Place, placed: Sequence[Server]) -> list[RoleCommand]:
+    """What starts the servers of this node, each with its own devices."""
     started: list[RoleCommand] = []
     for local, server in enumerate(placed):
-        offset = place.index * role.processes + local
-        command = server_role(server, recipe, place.run, attempt.number, offset)
+        offset = place.index * place.role.processes + local
+        command = server_role(server, place.recipe, place.run, place.attempt.number, offset)
         environment = dict(command.environment)
-        each = config.tensor_parallel
+        each = server.config.tensor_parallel
         prefix: list[str] = []
-        if recipe.device == "cuda":
+        if place.recipe.device == "cuda":
             environment["CUDA_VISIBLE_DEVICES"] = visible_devices(place, local, each)
             prefix = numa_prefix(place, local, each)
         started.append(replace(command, argv=[*prefix, *command.argv], environment=environment))
@@ -87,6 +93,16 @@ def learner(place: Place, identity: str, ports: PortReservations) -> RoleCommand
     nodes.write_node(attempt.nodes, LEARNER, place.index, said)
     limit = place.recipe.learner.start_timeout_s
     (head,) = nodes.wait_for_nodes([first], limit, attempt.ended.exists)
+    return learner_command(place, head.address, head.ports[0])
+
+
+def learner_command(place: Place, address: str, port: int) -> RoleCommand:
+    """This node's torchrun.
+
+    Args:
+        address, port: of the first node's store; of no account where the learner has one node.
+    """
+    role, attempt = place.role, place.attempt
     log = place.run.role_logs(attempt.number, LEARNER) / f"learner-{place.index}.log"
     command = learner_role(
         place.recipe, place.run.run_yaml, attempt.mailbox, log, ranks=len(role.on_node(place.index))
@@ -95,7 +111,7 @@ def learner(place: Place, identity: str, ports: PortReservations) -> RoleCommand
     position = argv.index("-m", argv.index("-m") + 1)
     added: list[str] = []
     if role.nodes > 1:
-        added += ["--opd-nodes", f"{role.nodes},{place.index},{head.address},{head.ports[0]}"]
+        added += ["--opd-nodes", f"{role.nodes},{place.index},{address},{port}"]
         del environment["GLOO_SOCKET_IFNAME"]
         if place.frozen.interface:
             environment["GLOO_SOCKET_IFNAME"] = place.frozen.interface

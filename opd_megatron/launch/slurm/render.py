@@ -149,9 +149,14 @@ def _srun(site: Site, table: RoleTable, run: RunDir, role: Role, log: bool) -> s
     return words(options) + (output if log else "")
 
 
+def python_of(site: Site) -> str:
+    """The job's interpreter: the site's, the image's, or this one, which all nodes see on a shared file system."""
+    return site.python or (_IMAGE_PYTHON if site.container_image else sys.executable)
+
+
 def steps_of(site: Site, table: RoleTable, run: RunDir) -> tuple[list[Step], Step]:
     """What every role runs, and what begins an attempt."""
-    python = site.python or (_IMAGE_PYTHON if site.container_image else sys.executable)
+    python = python_of(site)
     found: list[Step] = []
     for role in table.roles:
         argv = [

@@ -6,6 +6,7 @@ therefore says what ran only while nobody edits; a dirty tree is refused, or its
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -37,11 +38,16 @@ def check_source(allow_dirty: bool, root: Path = _PACKAGE_ROOT) -> dict[str, Any
 
 
 def record_source(run: RunDir, source: dict[str, Any], root: Path = _PACKAGE_ROOT) -> None:
-    """Write source.json and, for a dirty tree, source.diff and the names of new files."""
+    """Write source.json and, for a dirty tree, source.diff, which `git apply` puts back: new files are in it."""
     write_json(run.slurm.root / "source.json", source)
     if source["git"] is None or not source["git"]["dirty"]:
         return
     git = ["git", "--no-optional-locks", "-C", str(root)]
+    index = run.slurm.root / ".git-index"
+    # A diff knows files of an index only; the checkout's own index stays as it is.
+    environment = {**os.environ, "GIT_INDEX_FILE": str(index)}
     with (run.slurm.root / "source.diff").open("wb") as file:
-        for arguments in (["diff", "HEAD", "--binary"], ["status", "--porcelain"]):
-            subprocess.run([*git, *arguments], stdout=file, timeout=60, check=True)
+        for arguments in (["read-tree", "HEAD"], ["add", "-N", "."], ["diff", "HEAD", "--binary"]):
+            command = [*git, *arguments]
+            subprocess.run(command, stdout=file, env=environment, timeout=60, check=True)
+    index.unlink()

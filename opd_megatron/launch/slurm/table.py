@@ -155,22 +155,9 @@ def segment_of(site: Site, nodes: int) -> int:
     return max(size for size in range(1, min(nodes, site.domain_nodes) + 1) if nodes % size == 0)
 
 
-def write_table(path: Path, table: RoleTable, site: Site) -> None:
-    """Freeze the table with what a node needs to know of the site. Holds paths of secrets, no secret."""
-    node_keys = ("interface", "devices_per_numa_node", "node_check", "secrets", "max_idle_attempts")
-    write_json(
-        path,
-        {
-            "roles": [asdict(role) for role in table.roles],
-            "components": [asdict(component) for component in table.components],
-            "site": {key: getattr(site, key) for key in node_keys},
-        },
-    )
-
-
 @dataclass(frozen=True)
 class Frozen:
-    """`roles.json`, read back."""
+    """What the nodes know of the job and its site. Holds paths of secrets, no secret."""
 
     table: RoleTable
     interface: str
@@ -178,6 +165,25 @@ class Frozen:
     node_check: str
     secrets: dict[str, str]
     max_idle_attempts: int
+
+
+_OF_THE_SITE = ("interface", "devices_per_numa_node", "node_check", "secrets", "max_idle_attempts")
+
+
+def freeze(table: RoleTable, site: Site) -> Frozen:
+    return Frozen(table, **{key: getattr(site, key) for key in _OF_THE_SITE})
+
+
+def write_table(path: Path, table: RoleTable, site: Site) -> None:
+    """Write `roles.json`, for the nodes."""
+    write_json(
+        path,
+        {
+            "roles": [asdict(role) for role in table.roles],
+            "components": [asdict(component) for component in table.components],
+            "site": {key: getattr(site, key) for key in _OF_THE_SITE},
+        },
+    )
 
 
 def read_table(path: Path) -> Frozen:

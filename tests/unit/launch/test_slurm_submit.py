@@ -74,7 +74,8 @@ def test_a_mistake_ends_with_78_before_anything_is_written(
 
 def _repository(folder: Path) -> Path:
     git = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@b"]
-    for arguments in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "one"]):
+    (folder / "old.py").write_text("y = 1\n")
+    for arguments in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "one"]):
         subprocess.run([*git, *arguments], check=True)
     return folder
 
@@ -84,13 +85,24 @@ def test_a_changed_checkout_is_refused_or_its_difference_is_kept(tmp_path: Path)
     root = _repository(tmp_path / "source")
     assert check_source(False, root)["git"]["dirty"] is False
     (root / "new.py").write_text("x = 1\n")
+    (root / "old.py").write_text("y = 2\n")
     with pytest.raises(ConfigError, match="differs from its commit"):
         check_source(False, root)
     run = RunDir(tmp_path / "run")
     run.slurm.root.mkdir(parents=True)
     record_source(run, check_source(True, root), root)
     assert json.loads((run.slurm.root / "source.json").read_text())["git"]["dirty"] is True
-    assert "new.py" in (run.slurm.root / "source.diff").read_text()
+    # A fresh checkout with the difference is the tree that was submitted.
+    fresh = tmp_path / "fresh"
+    subprocess.run(["git", "clone", "-q", str(root), str(fresh)], check=True)
+    difference = str(run.slurm.root / "source.diff")
+    subprocess.run(["git", "-C", str(fresh), "apply", difference], check=True)
+    assert (fresh / "new.py").read_text() == "x = 1\n"
+    assert (fresh / "old.py").read_text() == "y = 2\n"
+    status = ["git", "-C", str(root), "status", "--porcelain"]
+    seen = subprocess.run(status, capture_output=True, text=True, check=True).stdout
+    assert seen == " M old.py\n?? new.py\n", "the checkout's own index is as it was"
+    assert not (run.slurm.root / ".git-index").exists()
 
 
 def test_a_finished_run_is_not_resumed(tmp_path: Path) -> None:
