@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 from slurm_cluster import Cluster
-from whole_runs import ROOT, SMALL, wait_until
+from whole_runs import ROOT, SMALL, command_line, wait_until
 
 from opd_megatron.atomic import read_json
 from opd_megatron.launch.slurm.queue import jobs_of
@@ -33,15 +35,16 @@ def opd(cluster: Cluster, *arguments: str, code: int = 0) -> str:
     return done.stdout + done.stderr
 
 
+def arguments_of(folder: Path, *overrides: str, via: str = "sbatch") -> list[str]:
+    """`submit` and what stands after it, for a small demo in `folder`."""
+    where = ["--cluster", "cpu-test", "--allow-dirty", "--run-dir", str(folder / "run")]
+    return ["submit", "demo", *SMALL, *overrides, *where, "--via", via]
+
+
 def submit(cluster: Cluster, folder: Path, *overrides: str, via: str = "sbatch") -> RunDir:
     """Submit a small demo; returns its run directory."""
-    run = RunDir(folder / "run")
-    opd(
-        cluster,
-        *("submit", "demo", *SMALL, *overrides, "--cluster", "cpu-test", "--allow-dirty"),
-        *("--run-dir", str(run.root), "--via", via),
-    )
-    return run
+    opd(cluster, *arguments_of(folder, *overrides, via=via))
+    return RunDir(folder / "run")
 
 
 def log(run: RunDir) -> str:
@@ -72,18 +75,18 @@ def wait_over(cluster: Cluster, run: RunDir, seconds: float = 60) -> None:
         return states <= {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "GONE"}
 
     wait_for(run, over, seconds, "the jobs to end")
-    wait_for(run, lambda: processes(cluster, jobs_of(run)) == [], 20, "the processes to end")
+    wait_for(run, lambda: not job_processes(cluster, jobs_of(run)), 20, "the processes to end")
 
 
-def processes(cluster: Cluster, jobs: list[str]) -> list[str]:
-    """Command lines of everything that jobs of this cluster have alive."""
-    found: list[str] = []
+def job_processes(cluster: Cluster, jobs: Sequence[str]) -> list[psutil.Process]:
+    """Everything that jobs of this cluster have alive."""
+    found: list[psutil.Process] = []
     for process in psutil.process_iter():
         try:
             environment = process.environ()
             ours = environment.get("SLURM_CONF") == cluster.environment["SLURM_CONF"]
             if ours and environment.get("SLURM_JOB_ID") in jobs and process.status() != "zombie":
-                found.append(" ".join(process.cmdline()))
+                found.append(process)
         except (psutil.NoSuchProcess, psutil.AccessDenied, OSError):
             continue
     return found
@@ -91,18 +94,33 @@ def processes(cluster: Cluster, jobs: list[str]) -> list[str]:
 
 def role_processes(cluster: Cluster, run: RunDir, words: str) -> list[psutil.Process]:
     """Processes of the run's jobs whose command line holds `words`."""
-    jobs = jobs_of(run)
-    found: list[psutil.Process] = []
-    for process in psutil.process_iter():
-        try:
-            if (
-                words in " ".join(process.cmdline())
-                and process.environ().get("SLURM_JOB_ID") in jobs
-            ):
-                found.append(process)
-        except (psutil.NoSuchProcess, psutil.AccessDenied, OSError):
-            continue
+    found = job_processes(cluster, jobs_of(run))
+    return [process for process in found if words in command_line(process)]
+
+
+# Words of a command line that only the running job knows.
+_VALUES = ("--host", "--port", "--parent-pid", "--opd-nodes")
+
+
+def _masked(argv: Sequence[str]) -> list[str]:
+    return ["*" if i and argv[i - 1] in _VALUES else word for i, word in enumerate(argv)]
+
+
+def promised(dry_run: str) -> dict[str, list[str]]:
+    """Process name and node -> command, as a dry run says, without its environment."""
+    found: dict[str, list[str]] = {}
+    for line in dry_run.splitlines():
+        said = re.fullmatch(r"# (\S+ on node \d+): (.*)", line)
+        if said:
+            words = shlex.split(said[2])
+            program = next(i for i, word in enumerate(words) if "=" not in word)
+            found[said[1]] = _masked(words[program:])
     return found
+
+
+def commands(cluster: Cluster, run: RunDir) -> list[list[str]]:
+    """Command lines of everything that the run's jobs have alive, masked as those of `promised`."""
+    return [_masked(p.cmdline()) for p in job_processes(cluster, jobs_of(run))]
 
 
 def hosts(run: RunDir, attempt: int) -> dict[str, str]:

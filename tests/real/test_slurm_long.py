@@ -1,15 +1,13 @@
-"""Jobs that take minutes: the whole demo, heterogeneous, pre-empted, with a hanging learner, getting nowhere."""
+"""Jobs that take minutes: the whole demo, heterogeneous, pre-empted, at the time limit, requeued through NeMo-Run."""
 
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 from slurm_cluster import Cluster
-from slurm_runs import log, opd, role_processes, submit, wait_done, wait_for, wait_over
+from slurm_runs import log, opd, submit, wait_done, wait_for, wait_over
 from whole_runs import check_commits, check_finished, rows
 
 from opd_megatron.launch.slurm.queue import jobs_of
@@ -66,38 +64,33 @@ def test_preemption_commits_and_the_run_goes_on_afterwards(
     check_finished(run, 30)
 
 
-def test_a_run_that_gets_nowhere_stops(cluster: Cluster, tmp_path: Path) -> None:
-    """Ranks are killed as soon as they are up, again and again."""
-    run = submit(cluster, tmp_path, "steps=500", "cluster.max_idle_attempts=2")
-    for attempt in (1, 2):
-        wait_for(run, lambda n=attempt: f"attempt {n}\n" in log(run), 120, f"attempt {attempt}")
-        victims: list[psutil.Process] = wait_for(
-            run,
-            lambda: role_processes(cluster, run, "megatron.learner --run-yaml"),
-            90,
-            "the ranks",
-        )
-        time.sleep(1)
-        for victim in victims:
-            victim.kill()
-        wait_for(run, lambda n=attempt: f"attempt {n} ended" in log(run), 90, "its end")
-    wait_over(cluster, run, 120)
-    assert "cluster.max_idle_attempts=2: so many attempts in a row made no new commit" in log(run)
-
-
-def test_a_learner_that_hangs_leaves_its_stacks_and_is_requeued(
+def test_a_time_limit_commits_and_the_next_restart_goes_on(
     cluster: Cluster, tmp_path: Path
 ) -> None:
-    run = submit(cluster, tmp_path, "steps=500", "learner.step_timeout_s=15")
-    wait_for(run, lambda: any(r["step"] > 0 for r in rows(run.metrics)), 200, "the first step")
-    # One rank alone: the other hangs in a collective with it.
-    ranks = role_processes(cluster, run, "megatron.learner --run-yaml")
-    (stopped, *_) = [p for p in ranks if p.environ().get("RANK") == "1"]
-    stopped.suspend()
-    wait_for(run, lambda: "attempt 1 ended with code 75" in log(run), 120, "the end of the attempt")
-    assert "learner: no answer to" in log(run)
-    stacks = (run.role_logs(1, "learner") / "learner-0.log").read_text()
-    assert "most recent call first" in stacks
-    wait_for(run, lambda: "attempt 2\n" in log(run), 60, "the second attempt")
+    """Slurm itself sends the signal, `grace_s` (or up to a minute more) before the limit."""
+    run = submit(
+        cluster,
+        tmp_path,
+        *("steps=500", "checkpoint.every=1000", "evaluation.every=0"),
+        *("cluster.time=00:03:00", "cluster.grace_s=60"),
+    )
+    wait_for(run, lambda: "USR1: asked the controller" in log(run), 200, "Slurm's signal")
+    wait_for(run, lambda: "attempt 2\n" in log(run), 90, "the second attempt")
+    committed = check_commits(run)
+    assert committed >= 1
+    resumed = f"resumed from step_{committed:06d}"
+    wait_for(run, lambda: resumed in log(run), 120, "the resume")
     opd(cluster, "cancel", str(run.root))
     wait_over(cluster, run)
+
+
+def test_a_run_through_nemo_run_goes_on_after_a_requeue(cluster: Cluster, tmp_path: Path) -> None:
+    pytest.importorskip("nemo_run", reason="NO NEMO-RUN HERE: `make install-launch` adds it")
+    run = submit(cluster, tmp_path, "steps=6", "evaluation.every=0", via="nemo-run")
+    wait_for(run, lambda: any(r["step"] > 0 for r in rows(run.metrics)), 200, "the first step")
+    (job,) = jobs_of(run)
+    assert cluster.call("scancel", "--batch", "--signal=USR1", job).returncode == 0
+    wait_done(cluster, run, 300)
+    assert "resumed from step_" in log(run)
+    check_finished(run, 6)
+    assert "restarts 1" in opd(cluster, "status", str(run.root))

@@ -13,6 +13,7 @@ import pytest
 import ssh_server
 from slurm_cluster import Cluster
 from slurm_runs import (
+    arguments_of,
     hosts,
     log,
     opd,
@@ -59,20 +60,7 @@ def test_a_run_through_nemo_run_reaches_its_end_as_the_dry_run_said(
         f"cluster.node_check=env -0 > {tmp_path}/$SLURMD_NODENAME.$SLURM_STEP_ID.env",
     ]
     target = str(tmp_path / "run")
-    dry = opd(
-        cluster,
-        *(
-            "submit",
-            "demo",
-            *SMALL,
-            *settings,
-            "--cluster",
-            "cpu-test",
-            "--run-dir",
-            target,
-            "--dry-run",
-        ),
-    )
+    dry = opd(cluster, *arguments_of(tmp_path, *settings, via="nemo-run"), "--dry-run")
     assert not Path(target).exists()
     run = submit(cluster, tmp_path, *settings, via="nemo-run")
     assert run.slurm.script.read_text() in dry
