@@ -1,8 +1,8 @@
 """A real Slurm on one machine: munge, slurmctld and several virtual slurmd nodes, all on loopback.
 
-As root every node has a host name of its own (a UTS namespace); as any other user all share the machine's. Everything
-lives below one folder, and every daemon is ended by its own pid. Faults that matter here: `SlurmdTimeout` is short, so
-that a dead node is noticed in seconds; a requeued job waits 5 s instead of 121 (`cred_expire`).
+As root every node has a host name of its own (a UTS namespace), where that is allowed; else all share the machine's.
+Everything lives below one folder, and every daemon is ended by its own pid. Faults that matter here: `SlurmdTimeout` is
+short, so that a dead node is noticed in seconds; a requeued job waits 5 s instead of 121 (`cred_expire`).
 
 Left out: accounting, cgroups, PMIx, real GPUs, `--segment` (this Slurm is older than it).
 """
@@ -41,26 +41,30 @@ def _free_ports(count: int) -> list[int]:
     return ports
 
 
+def _may_name_nodes() -> bool:
+    """A container may be root and still not allowed to make namespaces."""
+    script = "hostname probe && mount --bind /etc/hosts /etc/hosts"
+    probe = ["unshare", "--uts", "--mount", "sh", "-c", script]
+    return os.geteuid() == 0 and subprocess.run(probe, capture_output=True).returncode == 0
+
+
 @dataclass
 class Cluster:
     """Started by `start`; nodes are n1, n2, ...
 
     Args:
         folder: private; its path is short, since munge's socket lies in it.
+        own_names: whether every node has a host name of its own.
     """
 
     folder: Path
     num_nodes: int
     cpus: int = 8
-    node_pids: dict[str, int] = field(default_factory=dict)
+    own_names: bool = field(default_factory=lambda: _may_name_nodes())
 
     @property
     def nodes(self) -> list[str]:
         return [f"n{i + 1}" for i in range(self.num_nodes)]
-
-    @property
-    def own_names(self) -> bool:
-        return os.geteuid() == 0
 
     @property
     def environment(self) -> dict[str, str]:
