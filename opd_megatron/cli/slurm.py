@@ -84,7 +84,7 @@ def submit(
         _print_dry_run(job, through_nemo)
         return
     if through_nemo:
-        typer.echo("submitting through NeMo-Run, some ten seconds ...", err=True)
+        typer.echo("submitting through NeMo-Run ...", err=True)
     if site.ssh_host:
         job_id = nemo.submit_over_ssh(job, source)
     else:
@@ -121,6 +121,8 @@ def table_lines(table: RoleTable) -> list[str]:
 
 def _print_dry_run(job: Job, through_nemo: bool) -> None:
     """To stdout, unwrapped, so that it can be piped: comments first, then the script that would run."""
+    if through_nemo:
+        typer.echo("asking NeMo-Run for its script ...", err=True)
     submitted = nemo.dry_run(job) if through_nemo else ""
     notes = [*describe(job.recipe), f"run directory {job.run.root}", *table_lines(job.table)]
     for note in notes:

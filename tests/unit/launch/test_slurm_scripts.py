@@ -22,8 +22,10 @@ from opd_megatron.config.schema import (
     TeacherConfig,
 )
 from opd_megatron.errors import ConfigError
+from opd_megatron.launch.slurm.preview import processes
 from opd_megatron.launch.slurm.render import render
 from opd_megatron.launch.slurm.site import Site, find_sites, load_site
+from opd_megatron.launch.slurm.submit import Job
 from opd_megatron.launch.slurm.table import Role, read_table, role_table, segment_of, write_table
 from opd_megatron.rundir import RunDir
 
@@ -82,6 +84,24 @@ def test_script_is_the_golden_one(name: str) -> None:
         path.write_text(text)
     assert text == path.read_text()
     subprocess.run(["bash", "-n", str(path)], check=True)
+
+
+def test_the_dry_run_shows_every_process_with_its_node_and_gpus() -> None:
+    big, where = CASES["gb200-18-nodes"]
+    run = RunDir(Path("/lustre/runs/big"))
+    job = Job(big, Path("big.py"), (), where, role_table(big, where), run, "")
+    shown = list(processes(job))
+    assert len(shown) == 1 + 10 + 24 + 2  # controller, learner nodes, rollout servers, teachers
+    assert len({p.line() for p in shown}) == len(shown)
+    by_name = {p.name: p for p in shown}
+    fifth, teacher = by_name["rollout-5"], by_name["teacher-main-1"]
+    assert (fifth.node, fifth.environment["CUDA_VISIBLE_DEVICES"]) == ("node 11", "1")
+    assert (teacher.node, teacher.environment["CUDA_VISIBLE_DEVICES"]) == ("node 17", "0,1,2,3")
+    assert fifth.argv[:4] == ["numactl", "--cpunodebind=0", "--membind=0", "/opt/opd/bin/python"]
+    assert fifth.argv[fifth.argv.index("--host") + 1] == "NODE_ADDRESS"
+    learners = [p for p in shown if p.name == "learner"]
+    assert [p.node for p in learners] == [f"node {n}" for n in range(10)]
+    assert "10,9,NODE_ADDRESS,0" in learners[9].argv
 
 
 def test_roles_stand_one_after_the_other_and_share_a_node_where_they_fit() -> None:
