@@ -126,11 +126,11 @@ def test_an_attempt_that_was_taken_for_dead_writes_nothing_more(
     """The later attempt begins as on another node while the first still trains."""
     run = submit(cluster, tmp_path, "steps=500", "evaluation.every=0")
     wait_for(run, lambda: check_commits(run) >= 1, 200, "the first commit")
+    (job,) = jobs_of(run)
     claim(run, "999999")
     wait_over(cluster, run, 60)
     assert "attempt 1: a later attempt of this run has begun" in log(run)
     step = check_commits(run)
-    (job,) = jobs_of(run)
     assert "ExitCode=78:0" in cluster.call("scontrol", "show", "job", job).stdout
     assert len(rows(run.ledger)) <= step + 1
 

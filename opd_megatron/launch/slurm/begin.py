@@ -23,6 +23,7 @@ from opd_megatron.config.run_yaml import read_run_yaml
 from opd_megatron.errors import ConfigError, OpdError, RoleDied
 from opd_megatron.launch import leftovers, lock
 from opd_megatron.launch.preflight import check_inputs, check_learner
+from opd_megatron.launch.slurm import queue
 from opd_megatron.launch.slurm.table import read_table
 from opd_megatron.observe.environment import describe_environment
 from opd_megatron.rundir import AttemptDir, RunDir
@@ -75,6 +76,9 @@ def claim(run: RunDir, job: str) -> AttemptDir:
         ) from error
     write_json(attempt.root / _OWNER, {"job": job, "commit": newest_commit(run)})
     write_bytes(run.slurm.owner, f"{job}\n".encode())
+    # Submitted by hand, it is known from here on.
+    if job not in queue.jobs_of(run):
+        queue.add_job(run, job)
     return attempt
 
 

@@ -79,7 +79,8 @@ def submit_script(script: Path, options: Sequence[str] = ()) -> str:
 def jobs_of(run: RunDir) -> list[str]:
     """Ids of the run's jobs, oldest first."""
     path = run.slurm.jobs
-    return path.read_text().split() if path.exists() else []
+    # The submitter and the job itself may both have written it.
+    return list(dict.fromkeys(path.read_text().split())) if path.exists() else []
 
 
 def add_job(run: RunDir, job: str) -> None:

@@ -11,7 +11,7 @@ from opd_megatron.controller.stop import refuse_if_fenced
 from opd_megatron.errors import ConfigError, Fenced, RoleDied
 from opd_megatron.launch.slurm import nodes, secrets
 from opd_megatron.launch.slurm.begin import claim, idle_attempts
-from opd_megatron.launch.slurm.queue import JobState, parse_job
+from opd_megatron.launch.slurm.queue import JobState, add_job, jobs_of, parse_job
 from opd_megatron.rundir import RunDir
 
 
@@ -40,6 +40,14 @@ def test_an_attempt_is_fenced_by_a_later_one(run: RunDir) -> None:
     refuse_if_fenced(second)
     with pytest.raises(Fenced, match="attempt 1: a later attempt"):
         refuse_if_fenced(first)
+
+
+def test_a_job_submitted_by_hand_is_known_from_its_first_attempt_on(run: RunDir) -> None:
+    add_job(run, "7")
+    for job in ("7", "8", "8"):
+        claim(run, job)
+    add_job(run, "8")  # `opd submit` was slower than the job
+    assert jobs_of(run) == ["7", "8"]
 
 
 def test_attempts_are_idle_from_the_newest_commit_on(run: RunDir) -> None:
