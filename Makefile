@@ -39,7 +39,8 @@ test: install-launch slurm ## Run the whole CPU suite
 	$(PYTEST) -m "real and not gpu and not slow and not transformer_engine" -n $(TEST_JOBS) --dist loadfile --durations=10
 
 .PHONY: test-slow
-test-slow: install-launch slurm ## Run the tests that take minutes each
+test-slow: install-launch ## Run the tests that take minutes each
+	@scripts/install_slurm.sh ssh
 	$(PYTEST) -m "slow and not gpu and not transformer_engine" --durations=0
 
 .PHONY: test-megatron-latest

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Install what the Slurm tests need, from Debian packages (15 MB), where that is possible; say so where it is not.
 # No service is started: the tests bring up daemons of their own and end them. With the argument `ssh` also an SSH
-# server, for the test of submission from elsewhere; CI asks for it, `make test` does not.
+# server, for the test of submission from elsewhere, which is one of `make test-slow`.
 set -euo pipefail
 
 packages=(slurmctld slurmd slurm-client munge)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-_PROGRAMS = ("sshd", "ssh-keygen", "rsync")
+_PROGRAMS = ("sshd", "ssh", "ssh-keygen", "rsync")
 _PATH = "/usr/sbin:/usr/bin:/bin"
 
 
@@ -22,14 +22,31 @@ def missing() -> list[str]:
 
 @dataclass(frozen=True)
 class Login:
+    """`programs` holds an `ssh` that knows the server's key, as that of a user who has been there before."""
+
     port: int
     user: str
     identity: Path
+    programs: Path
 
 
 def _key(path: Path) -> Path:
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(path)], check=True)
     return path
+
+
+def _client(folder: Path, port: int, host_key: Path) -> Path:
+    known = folder / "known_hosts"
+    public = host_key.with_name(f"{host_key.name}.pub").read_text()
+    known.write_text(f"[127.0.0.1]:{port} {public}")
+    programs = folder / "programs"
+    programs.mkdir()
+    ssh = programs / "ssh"
+    ssh.write_text(
+        f'#!/bin/sh\nexec {shutil.which("ssh", path=_PATH)} -o UserKnownHostsFile={known} "$@"\n'
+    )
+    ssh.chmod(0o755)
+    return programs
 
 
 @contextmanager
@@ -63,7 +80,7 @@ def login_node(folder: Path, environment: Mapping[str, str]) -> Generator[Login]
                 folder / "sshd.log"
             ).read_text()
             time.sleep(0.1)
-        yield Login(port, getpass.getuser(), identity)
+        yield Login(port, getpass.getuser(), identity, _client(folder, port, host_key))
     finally:
         server.terminate()
         server.wait(timeout=10)

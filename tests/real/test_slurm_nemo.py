@@ -110,6 +110,7 @@ def test_a_failed_job_is_not_a_success(cluster: Cluster, tmp_path: Path) -> None
     assert "FAILED" in status and "not done" in status
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     bool(ssh_server.missing()), reason=f"NO SSH HERE: {', '.join(ssh_server.missing())} missing"
 )
@@ -120,6 +121,7 @@ def test_a_run_is_carried_over_ssh_and_begins_on_the_other_side(
     there = {name: cluster.environment[name] for name in ("SLURM_CONF", "PATH")}
     here = {k: v for k, v in os.environ.items() if k != "SLURM_CONF"} | {"PYTHONPATH": str(ROOT)}
     with ssh_server.login_node(tmp_path, {**there, "PYTHONPATH": str(ROOT)}) as login:
+        here["PATH"] = f"{login.programs}:{os.environ['PATH']}"
         arguments = [
             *(sys.executable, "-m", "opd_megatron", "submit", "demo", *SMALL, "steps=500"),
             *("--cluster", "cpu-test", "--run-dir", str(run.root), "--allow-dirty"),
