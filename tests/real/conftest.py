@@ -24,9 +24,11 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Generator[Cluster]:
             f"NO SLURM HERE: {', '.join(missing)} missing; scripts/install_slurm.sh installs them on Debian as root"
         )
     made = Cluster(tmp_path_factory.mktemp("slurm"), SLURM_NODES)
-    made.start()
-    yield made
-    made.stop()
+    try:
+        made.start()
+        yield made
+    finally:
+        made.stop()
 
 
 @pytest.fixture

@@ -23,6 +23,8 @@ from pathlib import Path
 
 import psutil
 
+from opd_megatron.launch.ports import PortReservations
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
 _SBIN = ("/usr/sbin", "/usr/local/sbin", "/sbin")
 _READY_S = 60
@@ -31,14 +33,6 @@ _READY_S = 60
 def missing_programs() -> list[str]:
     path = os.pathsep.join([os.environ.get("PATH", ""), *_SBIN])
     return [name for name in PROGRAMS if shutil.which(name, path=path) is None]
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
 
 
 def _may_name_nodes() -> bool:
@@ -61,6 +55,8 @@ class Cluster:
     num_nodes: int
     cpus: int = 8
     own_names: bool = field(default_factory=lambda: _may_name_nodes())
+    # Not ephemeral ones, which any outgoing connection may take before a daemon binds them.
+    ports: PortReservations = field(default_factory=PortReservations)
 
     @property
     def nodes(self) -> list[str]:
@@ -86,7 +82,7 @@ class Cluster:
     def _config(self) -> str:
         d, user = self.folder, getpass.getuser()
         name = socket.gethostname().split(".")[0]
-        ports = _free_ports(self.num_nodes + 1)
+        ports = [self.ports.reserve() for _ in range(self.num_nodes + 1)]
         lines = [
             "ClusterName=opdtest",
             f"SlurmctldHost={name}(127.0.0.1)",
@@ -132,6 +128,7 @@ class Cluster:
     def start(self) -> None:
         """Bring everything up and wait until every node is idle."""
         d = self.folder
+        self.ports.__enter__()
         for name in ("etc", "run", "log", "state", "spool"):
             (d / name).mkdir()
         (d / "munge").mkdir(mode=0o700)
@@ -221,8 +218,8 @@ class Cluster:
         return any(f.startswith(spool) for f in files) or node in children
 
     def stop(self) -> None:
-        """End every daemon."""
-        self.cancel_all()
+        """End every job and daemon; also after a start that failed half way."""
+        self._end_jobs()
         found = [
             self._pid(path)
             for path in (*self.folder.glob("run/slurmd-*.pid"), self.folder / "run/slurmctld.pid")
@@ -235,6 +232,17 @@ class Cluster:
         _, alive = psutil.wait_procs(daemons, timeout=10)
         for daemon in alive:
             daemon.kill()
+        self.ports.__exit__(None, None, None)
+
+    def _end_jobs(self) -> None:
+        """As far as the controller is there; nothing here may keep the daemons from being ended."""
+        deadline = time.monotonic() + _READY_S
+        try:
+            self.call("scancel", "-u", getpass.getuser())
+            while self.call("squeue", "-h").stdout.strip() and time.monotonic() < deadline:
+                time.sleep(0.2)
+        except subprocess.TimeoutExpired:
+            return
 
     def cancel_all(self) -> None:
         """End what a failed test left, and wait until the nodes are free."""
