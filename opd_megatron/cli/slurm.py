@@ -23,7 +23,7 @@ from opd_megatron.launch.slurm.preview import processes
 from opd_megatron.launch.slurm.render import write_script
 from opd_megatron.launch.slurm.site import PREFIX, load_site
 from opd_megatron.launch.slurm.source import check_source
-from opd_megatron.launch.slurm.submit import Job, plan, resume, write_job
+from opd_megatron.launch.slurm.submit import Job, plan, resume, write_job, written
 from opd_megatron.launch.slurm.table import RoleTable, read_table
 from opd_megatron.rundir import RunDir
 
@@ -80,6 +80,13 @@ def submit(
     through_nemo = via == VIA_NEMO and render is None
     if through_nemo:
         nemo.check(site)
+    elif site.ssh_host:
+        raise ConfigError.of(
+            "cluster.ssh_host",
+            site.ssh_host,
+            "NeMo-Run carries jobs over SSH",
+            f"say --via {VIA_NEMO}",
+        )
     if dry_run:
         _print_dry_run(job, through_nemo)
         return
@@ -87,13 +94,14 @@ def submit(
         typer.echo("submitting through NeMo-Run ...", err=True)
     if site.ssh_host:
         job_id = nemo.submit_over_ssh(job, source)
-    else:
+    elif render is not None:
         write_job(job, source)
-        if render is not None:
-            write_script(render, job.script)
-            typer.echo(f"submit it with: sbatch {shlex.quote(str(render))}")
-            return
-        job_id = nemo.submit(job) if through_nemo else queue.submit_script(run.slurm.script)
+        write_script(render, job.script)
+        typer.echo(f"submit it with: sbatch {shlex.quote(str(render))}")
+        return
+    else:
+        with written(job, source):
+            job_id = nemo.submit(job) if through_nemo else queue.submit_script(run.slurm.script)
         queue.add_job(run, job_id)
     for line in describe(recipe):
         typer.echo(line)
@@ -155,8 +163,9 @@ def status(run_dir: RunArgument) -> None:
     state = None
     for job in jobs[-3:]:
         state = queue.state_of(job)
-        details = " ".join(x for x in (state.nodes, state.reason) if x)
-        typer.echo(f"job {job}: {state.state} {details}".rstrip() + f", restarts {state.restarts}")
+        typer.echo(_job_line(state))
+        if state.state == queue.UNKNOWN:
+            break
     typer.echo(
         f"step {seen.step} of {seen.steps}, attempts {seen.attempts}, newest commit {seen.commit or 'none'}"
     )
@@ -165,8 +174,17 @@ def status(run_dir: RunArgument) -> None:
             typer.echo(f"{name} {seen.metrics[name]:.4g}")
     if seen.done:
         typer.echo("done")
-    elif state is None or not (state.is_alive or state.is_waiting):
+    elif state is None:
+        typer.echo(f"no job of it has begun; submit it with: sbatch {run.slurm.script}")
+    elif not (state.state == queue.UNKNOWN or state.is_alive or state.is_waiting):
         typer.echo(f"not done; go on with: opd resume {run.root}")
+
+
+def _job_line(state: queue.JobState) -> str:
+    # Of a job that was cancelled Slurm still says why it had waited.
+    reason = "" if state.state == "CANCELLED" else state.reason
+    details = " ".join(text for text in (state.nodes, reason) if text)
+    return f"job {state.job}: {state.state} {details}".rstrip() + f", restarts {state.restarts}"
 
 
 def logs(

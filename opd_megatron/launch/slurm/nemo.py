@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from opd_megatron.errors import ConfigError, ServerError
+from opd_megatron.launch.slurm.queue import refusal
 from opd_megatron.launch.slurm.render import sbatch_lines
 from opd_megatron.launch.slurm.site import Site
 from opd_megatron.launch.slurm.submit import Job, job_name, write_job
@@ -124,24 +125,34 @@ def verify(script: str, job: Job) -> None:
 
 
 def _run(action: str, request: dict[str, Any], home: Path) -> dict[str, Any]:
-    """One call of nemo_main.py; its noise is shown only when it fails.
+    """One call of nemo_main.py; its noise is shown only when it fails, and then Slurm's words alone if there are any.
 
     Raises:
-        ServerError: it failed.
+        ConfigError: Slurm refused the job.
+        ServerError: it failed otherwise.
     """
     answer = home / "answer.json"
     answer.unlink(missing_ok=True)
-    done = subprocess.run(
-        [sys.executable, "-m", "opd_megatron.launch.slurm.nemo_main", action, str(answer)],
-        input=json.dumps(request),
-        env={**os.environ, "NEMORUN_HOME": str(home)},
-        capture_output=True,
-        text=True,
-        timeout=_TIMEOUT_S,
-        check=False,
-    )
+    command = [sys.executable, "-m", "opd_megatron.launch.slurm.nemo_main", action, str(answer)]
+    try:
+        done = subprocess.run(
+            command,
+            input=json.dumps(request),
+            env={**os.environ, "NEMORUN_HOME": str(home)},
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ServerError(
+            f"NeMo-Run: no answer after {_TIMEOUT_S} s; see with squeue whether the job is there"
+        ) from error
     if done.returncode or not answer.exists():
         text = (done.stdout + done.stderr).strip()
+        refused = [line for line in text.splitlines() if line.startswith("sbatch: ")]
+        if refused:
+            raise refusal("\n".join(refused))
         raise ServerError(f"NeMo-Run ended with exit code {done.returncode}:\n{text[-3000:]}")
     return cast(dict[str, Any], json.loads(answer.read_text()))
 

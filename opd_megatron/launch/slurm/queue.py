@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opd_megatron.errors import ConfigError, ServerError
+from opd_megatron.errors import ConfigError, OpdError, ServerError
 from opd_megatron.rundir import RunDir
 
 # A controller that does not answer must not hang a command line.
@@ -24,6 +24,14 @@ _LIVING = {
 }  # fmt: skip
 _WAITING = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT"}
 UNKNOWN, GONE = "UNKNOWN", "GONE"
+# Of what sbatch says, that which another try may mend.
+_NO_ANSWER = (
+    "Unable to contact",
+    "timed out",
+    "Zero Bytes",
+    "onnection refused",
+    "emporarily unable",
+)
 
 
 @dataclass(frozen=True)
@@ -68,12 +76,22 @@ def submit_script(script: Path, options: Sequence[str] = ()) -> str:
     """`sbatch`; returns the job id.
 
     Raises:
-        ServerError: refused, with Slurm's words.
+        ConfigError, ServerError: as `refusal`.
     """
     done = call(["sbatch", "--parsable", *options, str(script)])
     if done.returncode:
-        raise ServerError(f"sbatch: {done.stderr.strip() or done.stdout.strip()}")
+        raise refusal(done.stderr.strip() or done.stdout.strip())
     return done.stdout.strip().splitlines()[-1].split(";")[0]
+
+
+def refusal(words: str) -> OpdError:
+    """What sbatch said: a request that can never be granted, or a controller that is not there just now."""
+    said = " ".join(words.replace("sbatch: error: ", "").split())
+    if any(text in said for text in _NO_ANSWER):
+        return ServerError(f"sbatch: {said}")
+    return ConfigError(
+        f"sbatch: {said}; compare the site file with `sinfo` and `sacctmgr show assoc`"
+    )
 
 
 def jobs_of(run: RunDir) -> list[str]:
@@ -103,6 +121,17 @@ def state_of(job: str) -> JobState:
     return JobState(job, GONE)
 
 
+def known_state_of(job: str) -> JobState:
+    """
+    Raises:
+        ServerError: Slurm could not be asked.
+    """
+    state = state_of(job)
+    if state.state == UNKNOWN:
+        raise ServerError(f"Slurm can not say how job {job} is: {state.reason}")
+    return state
+
+
 def parse_job(job: str, text: str) -> JobState:
     """One line of `scontrol -o show job` for a job, or for the leader of a heterogeneous one."""
     found = dict(re.findall(r"(\w+)=(\S*)", text.splitlines()[0] if text else ""))
@@ -118,11 +147,9 @@ def parse_job(job: str, text: str) -> JobState:
 def living_job(run: RunDir) -> JobState | None:
     """The run's job that waits or runs, if any: the newest first."""
     for job in reversed(jobs_of(run)):
-        state = state_of(job)
+        state = known_state_of(job)
         if state.is_alive or state.is_waiting:
             return state
-        if state.state == UNKNOWN:
-            raise ServerError(f"Slurm can not say how job {job} is: {state.reason}")
     return None
 
 
@@ -151,11 +178,15 @@ def refuse_living_job(run: RunDir) -> None:
 
 
 def cancel(run: RunDir) -> list[str]:
-    """Mark the run as cancelled and cancel its jobs, successors included; returns their ids."""
+    """Mark the run as cancelled and cancel its jobs, successors included; returns their ids.
+
+    Raises:
+        ServerError: Slurm could not be asked, or did not do it; jobs may be alive.
+    """
     run.slurm.root.joinpath("cancelled").touch()
     found: list[str] = []
     for job in jobs_of(run):
-        state = state_of(job)
+        state = known_state_of(job)
         if state.is_alive or state.is_waiting:
             done = call(["scancel", job])
             if done.returncode:

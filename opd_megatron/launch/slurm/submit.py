@@ -8,13 +8,15 @@ RUN/slurm/source.json   the commit it was submitted from
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from opd_megatron.config.run_yaml import write_run_yaml
 from opd_megatron.config.schema import Recipe
-from opd_megatron.errors import ConfigError
+from opd_megatron.errors import ConfigError, OpdError
 from opd_megatron.launch.slurm import queue
 from opd_megatron.launch.slurm.render import check_run_dir, render, write_script
 from opd_megatron.launch.slurm.site import Site
@@ -77,6 +79,25 @@ def write_job(job: Job, source: dict[str, object], into: RunDir | None = None) -
     write_table(run.slurm.table, job.table, job.site)
     record_source(run, source)
     write_script(run.slurm.script, job.script)
+
+
+@contextmanager
+def written(job: Job, source: dict[str, object]) -> Generator[None]:
+    """Fill the run directory for the block that submits; when it is refused, take that out again.
+
+    Raises:
+        ConfigError: as `write_job`.
+    """
+    was_there = job.run.root.exists()
+    write_job(job, source)
+    try:
+        yield
+    except OpdError:
+        job.run.run_yaml.unlink()
+        shutil.rmtree(job.run.slurm.root)
+        if not was_there:
+            job.run.root.rmdir()
+        raise
 
 
 def resume(run: RunDir) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -134,3 +135,61 @@ def test_a_local_run_stays_out_of_a_directory_whose_job_may_live(
         queue.refuse_living_job(run)
     attempt.ended.write_text("75\n")
     queue.refuse_living_job(run)
+
+
+def _fake(folder: Path, monkeypatch: pytest.MonkeyPatch, **programs: str) -> None:
+    """Slurm's commands as they answer when something is wrong."""
+    for name, body in programs.items():
+        (folder / name).write_text(f"#!/bin/sh\n{body}\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        ("sbatch: error: invalid partition specified: bach", 78),
+        ("sbatch: error: Unable to contact slurm controller (connect failure)", 75),
+        ("sbatch: error: Batch job submission failed: Socket timed out on send/recv operation", 75),
+    ],
+)
+def test_a_refused_job_leaves_no_run_directory(
+    words: str,
+    code: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    programs, target = tmp_path / "bin", tmp_path / "run"
+    programs.mkdir()
+    _fake(programs, monkeypatch, sbatch=f"echo '{words}' >&2; exit 1")
+    own = ["submit", "demo", "--run-dir", str(target), *WHERE]
+    assert opd(*own) == code
+    assert words.removeprefix("sbatch: error: ") in capsys.readouterr().err
+    assert not target.exists()
+    _fake(programs, monkeypatch, sbatch="echo 12")
+    assert opd(*own) == 0
+    assert capsys.readouterr().out.splitlines()[-3] == "job 12"
+
+
+def test_without_an_answer_of_slurm_nothing_is_claimed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    programs, target = tmp_path / "bin", str(tmp_path / "run")
+    programs.mkdir()
+    down = "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1"
+    _fake(programs, monkeypatch, sbatch="echo 12", scontrol=down)
+    assert opd("submit", "demo", "--run-dir", target, *WHERE) == 0
+    capsys.readouterr()
+    assert opd("status", target) == 0
+    out = capsys.readouterr().out
+    assert "job 12: UNKNOWN slurm_load_jobs error: Unable to contact" in out
+    assert "opd resume" not in out
+    for command in ("cancel", "resume"):
+        assert opd(command, target) == 75
+        assert "Slurm can not say how job 12 is" in capsys.readouterr().err
+
+
+def test_a_job_over_ssh_needs_nemo_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert opd("submit", "demo", *WHERE, "cluster.ssh_host=login") == 78
+    assert "say --via nemo-run" in capsys.readouterr().err
