@@ -154,7 +154,8 @@ def test_a_script_with_a_fault_is_never_submitted() -> None:
     recipe, path = resolve_recipe("demo", [])
     job = plan(recipe, path, [], load_site("cpu-test"), RunDir(Path("/runs/x")))
     good = nemo.dry_run(job)
-    nemo.verify(good, job)
+    request = nemo.request_of(job)
+    nemo.verify(good, request)
     for broken, words in (
         (good.replace("#SBATCH --nodes=3", "#SBATCH --nodes=None"), "without a value"),
         (good.replace("#SBATCH --nodes=3\n", ""), "left out --nodes=3"),
@@ -163,4 +164,4 @@ def test_a_script_with_a_fault_is_never_submitted() -> None:
     ):
         assert broken != good
         with pytest.raises(ServerError, match=words):
-            nemo.verify(broken, job)
+            nemo.verify(broken, request)

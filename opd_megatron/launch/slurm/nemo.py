@@ -25,6 +25,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -92,12 +93,13 @@ def request_of(job: Job) -> dict[str, Any]:
         "nodes": job.table.nodes,
         "options": options,
         "setup_lines": hand_over(job),
+        "wanted": sbatch_lines(job.site, job.table, job.run, job_name(job.recipe)),
         "tunnel": tunnel,
     }
 
 
-def verify(script: str, job: Job) -> None:
-    """Read what NeMo-Run made before it is submitted.
+def verify(script: str, request: Mapping[str, Any]) -> None:
+    """Read what NeMo-Run made of a request before it is submitted.
 
     Raises:
         ServerError: an option without value, an option of ours that is missing, a variable that is not its own, or no
@@ -115,12 +117,11 @@ def verify(script: str, job: Job) -> None:
             raise ServerError(f"NeMo-Run wrote an option without a value: {line}")
         if export and export[1] not in _OWN_EXPORTS:
             raise ServerError(f"NeMo-Run exports a variable that nobody gave it: {export[1]}")
-    wanted = sbatch_lines(job.site, job.table, job.run, job_name(job.recipe))
-    missing = [line for line in wanted if line not in flags]
+    missing = [line for line in request["wanted"] if line not in flags]
     if missing:
         raise ServerError(f"NeMo-Run left out {', '.join(missing)}")
     first_srun = next((i for i, line in enumerate(lines) if line.startswith("srun ")), len(lines))
-    if hand_over(job) not in lines[:first_srun]:
+    if request["setup_lines"] not in lines[:first_srun]:
         raise ServerError("NeMo-Run's script does not hand over to the job script")
 
 
@@ -164,19 +165,16 @@ def dry_run(job: Job) -> str:
         ServerError: as `verify`.
     """
     with tempfile.TemporaryDirectory() as folder:
-        script = str(_run("dry-run", request_of(job) | {"tunnel": None}, Path(folder))["script"])
-        script = script.replace(folder, str(job.run.slurm.root / HOME))
-    verify(script, job)
-    return script
+        script = str(_run("dry-run", request_of(job), Path(folder))["script"])
+    return script.replace(folder, str(job.run.slurm.root / HOME))
 
 
 def submit(job: Job) -> str:
     """Submit a job whose run directory is written; returns its id.
 
     Raises:
-        ServerError: as `verify`, or Slurm refused.
+        ConfigError, ServerError: as `verify` and `_run`.
     """
-    dry_run(job)
     home = job.run.slurm.root / HOME
     home.mkdir(exist_ok=True)
     return str(_run("submit", request_of(job), home)["job"])
@@ -186,9 +184,8 @@ def submit_over_ssh(job: Job, source: dict[str, object]) -> str:
     """Write the run directory here, carry it over, and submit there.
 
     Raises:
-        ServerError: as `submit`, or the other side could not be reached.
+        ConfigError, ServerError: as `submit`, or the other side could not be reached.
     """
-    dry_run(job)
     with tempfile.TemporaryDirectory() as folder:
         staged = RunDir(Path(folder) / "run")
         write_job(job, source, staged)

@@ -11,11 +11,14 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 from opd_megatron.atomic import write_json
+from opd_megatron.errors import OpdError
+from opd_megatron.launch.slurm.nemo import verify
 
 # Reached only when bash could not start the job script.
 _NOT_HANDED_OVER = "exit 70"
@@ -51,13 +54,15 @@ def _experiment(run: Any, request: dict[str, Any], tunnel: Any) -> Any:
 
 
 def dry_run(request: dict[str, Any]) -> dict[str, Any]:
+    """What NeMo-Run would submit, verified. Asks nobody, on this side or the other."""
     import nemo_run as run  # pyright: ignore[reportMissingImports]
 
-    for experiment in _experiment(run, request, _tunnel(run, request)):
+    for experiment in _experiment(run, request, run.LocalTunnel(job_dir="")):
         experiment.dryrun(log=False, delete_exp_dir=False)
-    home = Path(os.environ["NEMORUN_HOME"])
-    (script,) = home.glob("experiments/*/*/*_sbatch.sh")
-    return {"script": script.read_text()}
+        script = Path(experiment._exp_dir) / "job_sbatch.sh"
+    text = script.read_text()
+    verify(text, request)
+    return {"script": text, "folder": str(script.parent)}
 
 
 def carry(tunnel: Any, files: dict[str, str]) -> None:
@@ -74,6 +79,7 @@ def carry(tunnel: Any, files: dict[str, str]) -> None:
 def submit(request: dict[str, Any]) -> dict[str, Any]:
     import nemo_run as run  # pyright: ignore[reportMissingImports]
 
+    shutil.rmtree(dry_run(request)["folder"])
     tunnel = _tunnel(run, request)
     if request["tunnel"]:
         carry(tunnel, request["files"])
@@ -91,7 +97,11 @@ def main() -> int:
     action, answer = sys.argv[1:]
     request = json.load(sys.stdin)
     actions = {"submit": submit, "dry-run": dry_run}
-    write_json(Path(answer), actions[action](request))
+    try:
+        write_json(Path(answer), actions[action](request))
+    except OpdError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
     return 0
 
 
