@@ -62,6 +62,11 @@ class Place:
         return self.frozen.table.nodes == 1
 
 
+def say(text: str) -> None:
+    """At once: the output is a file, and the agent lives as long as the attempt."""
+    print(f"opd: {text}", flush=True)
+
+
 def _failed_check(command: str) -> str:
     """Why the site's check of this node failed; empty when it passed."""
     try:
@@ -131,7 +136,7 @@ def run_role(place: Place) -> int:
     with (
         scratch(identity) as environment,
         PortReservations(place.address) as ports,
-        Supervisor(identity, {**environment, **added}, on_signal=lambda _: notice(place)) as roles,
+        Supervisor(identity, {**environment, **added}, say, lambda _: notice(place)) as roles,
     ):
         if place.role.name == CONTROLLER:
             said = nodes.NodeFile(identity, nodes.node_name(), place.address, ())
@@ -216,7 +221,7 @@ def main(argv: list[str] | None = None) -> int:
         place = open_place(run, arguments.attempt, arguments.role, node_index(os.environ))
         code = run_role(place)
     except OpdError as error:
-        print(f"opd: {arguments.role} on {nodes.node_name()}: {error}", flush=True)
+        say(f"{arguments.role} on {nodes.node_name()}: {error}")
         code = error.exit_code
     finally:
         if arguments.role == CONTROLLER:
