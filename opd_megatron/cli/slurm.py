@@ -17,6 +17,7 @@ from opd_megatron.config.recipes import resolve_recipe
 from opd_megatron.config.rules import check
 from opd_megatron.config.run_yaml import read_run_yaml
 from opd_megatron.errors import ConfigError, ServerError
+from opd_megatron.launch.offline import check_offline
 from opd_megatron.launch.preflight import check_inputs, check_learner
 from opd_megatron.launch.slurm import nemo, queue
 from opd_megatron.launch.slurm.preview import processes
@@ -58,6 +59,10 @@ def submit(
     allow_dirty: Annotated[
         bool, typer.Option("--allow-dirty", help="Submit a changed checkout; keep its difference.")
     ] = False,
+    offline: Annotated[
+        bool,
+        typer.Option("--offline", help="Models and prompts are not here; the job checks them."),
+    ] = False,
 ) -> None:
     """Submit a recipe to a Slurm cluster. Overrides: KEY=VALUE of the recipe, cluster.KEY=VALUE of the site."""
     if not cluster:
@@ -70,7 +75,10 @@ def submit(
     site = load_site(cluster, [o for o in overrides or [] if o.startswith(PREFIX)])
     recipe, path = resolve_recipe(name, own)
     check(recipe)
-    if not site.ssh_host:  # else models and data are on the other side, where the job checks them
+    if offline:
+        for line in check_offline(recipe):
+            typer.echo(f"# not checked here: {line}")
+    elif not site.ssh_host:  # else models and data are on the other side, where the job checks them
         check_learner(recipe)
         check_inputs(recipe)
     source = check_source(allow_dirty or dry_run)

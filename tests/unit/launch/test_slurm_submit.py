@@ -190,6 +190,25 @@ def test_without_an_answer_of_slurm_nothing_is_claimed(
         assert "Slurm can not say how job 12 is" in capsys.readouterr().err
 
 
+def test_a_large_job_is_shown_without_its_models(capsys: pytest.CaptureFixture[str]) -> None:
+    name = "qwen3_4b_base_from_qwen3_32b_32gpu_gb200_mxfp8"
+    where = [
+        "--cluster",
+        "gb200-nvl72",
+        "--via",
+        "sbatch",
+        "--dry-run",
+        "--run-dir",
+        "/lustre/runs/x",
+    ]
+    assert opd("submit", name, *where) == 78
+    assert "not on this machine" in capsys.readouterr().err
+    assert opd("submit", name, *where, "--offline") == 0
+    out = capsys.readouterr().out
+    assert "# not checked here: " in out
+    assert "#SBATCH --nodes=8" in out and "#SBATCH --segment=8" in out
+
+
 def test_a_job_over_ssh_needs_nemo_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert opd("submit", "demo", *WHERE, "cluster.ssh_host=login") == 78
     assert "say --via nemo-run" in capsys.readouterr().err
