@@ -18,8 +18,10 @@ from slurm_runs import (
     wait_for,
     wait_over,
 )
-from whole_runs import check_commits, check_finished, garbage_outside, rows
+from whole_runs import check_commits, check_finished, rows
 
+from opd_megatron.atomic import read_json
+from opd_megatron.launch.members import scratch_folder
 from opd_megatron.launch.slurm.queue import jobs_of
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(600)]
@@ -61,7 +63,6 @@ def test_a_signal_commits_and_requeues_and_the_run_goes_on_to_its_end(
 def test_cancel_leaves_nothing_and_a_living_run_refuses_a_second_job(
     cluster: Cluster, tmp_path: Path
 ) -> None:
-    before = garbage_outside()
     run = submit(cluster, tmp_path, "steps=500")
     wait_for(run, lambda: "attempt 1\n" in log(run), 60, "the first attempt")
     text = opd(cluster, "resume", str(run.root), code=78)
@@ -74,10 +75,11 @@ def test_cancel_leaves_nothing_and_a_living_run_refuses_a_second_job(
     wait_for(run, lambda: cluster.state(second) == "FAILED", 60, "the second job to be refused")
     assert "is alive in" in output.read_text()
     wait_for(run, lambda: len(hosts(run, 1)) == 3, 60, "every node to start its role")
+    agents = [read_json(path)["agent"] for path in run.attempt(1).nodes.glob("*.json")]
     assert opd(cluster, "cancel", str(run.root)).startswith("cancelled ")
     wait_over(cluster, run)
     status = opd(cluster, "status", str(run.root))
     assert "CANCELLED" in status and "not done; go on with: opd resume" in status
     assert "attempt 1" in opd(cluster, "logs", "-f", str(run.root)), "it ends with the run"
-    assert garbage_outside() <= before
+    assert [agent for agent in agents if scratch_folder(agent).exists()] == []
     cluster.wait_idle()
