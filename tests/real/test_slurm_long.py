@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from slurm_cluster import Cluster
-from slurm_runs import log, opd, submit, wait_done, wait_for, wait_over
+from slurm_runs import hosts, log, opd, submit, wait_done, wait_for, wait_over
 from whole_runs import check_commits, check_finished, rows
 
 from opd_megatron.launch.slurm.queue import jobs_of
@@ -85,9 +85,16 @@ def test_a_time_limit_commits_and_the_next_restart_goes_on(
 
 
 def test_a_run_through_nemo_run_goes_on_after_a_requeue(cluster: Cluster, tmp_path: Path) -> None:
+    """On two nodes: both servers share the second."""
     pytest.importorskip("nemo_run", reason="NO NEMO-RUN HERE: `make install-launch` adds it")
-    run = submit(cluster, tmp_path, "steps=6", "evaluation.every=0", via="nemo-run")
+    settings = ["steps=6", "evaluation.every=0", "cluster.share_nodes=true"]
+    run = submit(cluster, tmp_path, *settings, via="nemo-run")
     wait_for(run, lambda: any(r["step"] > 0 for r in rows(run.metrics)), 200, "the first step")
+    places = hosts(run, 1)
+    assert set(places) == {"learner-0", "rollout-0", "teacher-main-0"}
+    assert places["rollout-0"] == places["teacher-main-0"]
+    if cluster.own_names:
+        assert places["learner-0"] != places["rollout-0"]
     (job,) = jobs_of(run)
     assert cluster.call("scancel", "--batch", "--signal=USR1", job).returncode == 0
     wait_done(cluster, run, 300)
