@@ -9,6 +9,8 @@ epoch: the variant `512prompts` follows the logs.
 A Base student ends with another token than an Instruct teacher; the alias lets the two swap places in its scores.
 """
 
+from dataclasses import replace
+
 from opd_megatron.config.schema import (
     BatchConfig,
     CheckpointConfig,
@@ -29,6 +31,12 @@ RESPONSE_TOKENS = 8192
 # One more than prompt and response: a server keeps a position free.
 SERVER = ServerConfig(context_length=PROMPT_TOKENS + RESPONSE_TOKENS + 1, request_timeout_s=1800.0)
 BASE_ENDS_AS_INSTRUCT = {"<|endoftext|>": "<|im_end|>"}
+
+
+def instruct_teacher(path: str, num_servers: int) -> TeacherConfig:
+    """One of several Instruct teachers of a Base student."""
+    server = replace(SERVER, num_servers=num_servers)
+    return TeacherConfig(path=path, aliases=BASE_ENDS_AS_INSTRUCT, server=server)
 
 
 def base_from_instruct(student: str, teacher: str) -> Recipe:

@@ -22,7 +22,7 @@ import math
 from dataclasses import dataclass, replace
 
 from opd_megatron.config.recipe_facts import precision_of
-from opd_megatron.config.schema import Recipe, ServerConfig
+from opd_megatron.config.schema import DRAWS, Recipe, ServerConfig
 from opd_megatron.launch.planner.hardware import EFFICIENCY, Device
 from opd_megatron.launch.planner.memory import MAX_RUNNING, cache_tokens, server_bytes
 from opd_megatron.launch.planner.work import (
@@ -164,7 +164,9 @@ def step_time(recipe: Recipe, models: Models, device: Device, lengths: Lengths) 
         share = min(1.0, running * server.num_servers / samples)
         for name, config in recipe.served_teachers.items():
             arch = models.teachers[name]
-            mine = math.ceil(samples / len(recipe.teachers))
+            # A row, or a draw, has one teacher; a mean asks all of them, a switch at its worst the slowest.
+            takes_turns = recipe.teaching.kind in ("rows", *DRAWS)
+            mine = math.ceil(samples / len(recipe.teachers)) if takes_turns else samples
             spent = prefill_s(arch, config.server, device, mine, lengths)
             teacher = max(teacher, spent)
             left = max(left, spent * share, spent - generate * (1.0 - share))

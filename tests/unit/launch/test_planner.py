@@ -155,6 +155,15 @@ def test_a_step_is_the_sum_of_its_stages_or_the_slowest_when_they_overlap() -> N
     assert other.step == max(time.rollout, time.teacher, time.learner) + time.sync + time.evaluation
 
 
+def test_a_switch_is_planned_for_its_slowest_teacher_and_rows_share_the_work() -> None:
+    found = recipe("qwen3_4b_base_from_qwen3_32b_32gpu_gb200_bf16_hard_switch")
+    models, lengths = models_of(found), Lengths(128, 8192)
+    alone = prefill_s(models.teachers["32b"], found.teachers["32b"].server, GB200, 512, lengths)
+    assert step_time(found, models, GB200, lengths).teacher == pytest.approx(alone)
+    rows = change(found, {"teaching.kind": "rows", "teaching.starts": {}})
+    assert step_time(rows, models, GB200, lengths).teacher == pytest.approx(alone / 4)
+
+
 def test_the_split_is_the_best_of_all_that_fit() -> None:
     found = recipe(rollout__server__num_servers=2, learner__data_parallel=10)
     models, lengths = models_of(found), Lengths(128, 8192)
