@@ -23,6 +23,8 @@ from opd_megatron.launch.planner.plan import (
     make_plan,
 )
 from opd_megatron.launch.planner.stages import Lengths, StepTime
+from opd_megatron.launch.slurm.site import PREFIX, load_site
+from opd_megatron.launch.slurm.table import RoleTable, role_table
 
 
 def estimate(
@@ -30,6 +32,10 @@ def estimate(
     overrides: Overrides = None,
     hardware: Annotated[
         str, typer.Option("--hardware", help="h100, h200 or gb200. Default: as the name says.")
+    ] = "",
+    cluster: Annotated[
+        str,
+        typer.Option("--cluster", help="Site of slurm/clusters/ or a file: nodes that are taken."),
     ] = "",
     response_tokens: Annotated[
         int, typer.Option("--response-tokens", min=0, help="Mean length. Default: the limit.")
@@ -49,17 +55,28 @@ def estimate(
 
     Refuses what cannot fit, naming the term.
     """
-    recipe, _ = resolve_recipe(name, overrides or [])
+    of_site = [o for o in overrides or [] if o.startswith(PREFIX)]
+    recipe, _ = resolve_recipe(name, [o for o in overrides or [] if o not in of_site])
     check(recipe)
+    site = load_site(cluster, of_site) if cluster else None
     device = device_named(_hardware(recipe, hardware))
     lengths = _lengths(recipe, prompt_tokens, response_tokens)
+    if site is not None:
+        device = dataclasses.replace(device, gpus_per_node=site.devices_per_node)
     plan = make_plan(recipe, device, lengths, whole_nodes=not share_nodes)
     plan = dataclasses.replace(plan, prompts=prompts or plan.prompts)
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(plan), indent=1))
         return
+    if site is not None:
+        typer.echo(f"cluster {cluster}: {_nodes(role_table(recipe, site))}")
     for line in _lines(recipe, plan):
         typer.echo(line)
+
+
+def _nodes(table: RoleTable) -> str:
+    roles = ", ".join(f"{role.name} {role.nodes}" for role in table.roles if role.devices)
+    return f"{table.nodes} nodes ({roles})"
 
 
 def _hardware(recipe: Recipe, said: str) -> str:

@@ -34,11 +34,18 @@ def test_json_holds_the_same_numbers(capsys: pytest.CaptureFixture[str]) -> None
     assert plan["time"]["rollout"] > plan["time"]["sync"] > 0
 
 
+def test_a_cluster_says_how_many_nodes_that_is(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["estimate", NAME, "--cluster", "h100"])
+    assert "cluster h100: 4 nodes (learner 1, rollout 2, teacher-main 1)" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         ([NAME, "teachers.main.server.tensor_parallel=1"], "teacher-main does not fit: weights"),
         ([NAME, "--hardware", "b300"], "--hardware='b300'"),
+        ([NAME, "--cluster", "h10"], "did you mean 'h100'"),
         (["demo"], "a recipe for a CPU has no plan"),
         ([NAME, "--response-tokens", "9200"], "exceeds batch.tokens_per_microbatch=9216"),
     ],
