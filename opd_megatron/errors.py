@@ -41,6 +41,26 @@ class DataError(ConfigError):
     """Prompt data that cannot be used: unreadable file, too many bad rows, edited since the commit."""
 
 
+class TokenizerMismatch(ConfigError):
+    """Student and teacher do not mean the same by the same ids, or by the same text.
+
+    Attributes:
+        what: "tokens", "vocabulary size", "end tokens", or a form of data/tokenizer_form.py.
+    """
+
+    def __init__(self, message: str, what: str) -> None:
+        super().__init__(message)
+        self.what = what
+
+    @classmethod
+    def between(
+        cls, key: str, where: str, what: str, difference: str, fix: str
+    ) -> TokenizerMismatch:
+        """The four-part message."""
+        rule = f"its tokenizer differs from the student's in {what}: {difference}"
+        return cls(f"{key}={where!r}: {rule}; {fix}", what)
+
+
 class ContractError(OpdError):
     """A server answered something that breaks the response contract; nothing of it is used."""
 

@@ -38,6 +38,8 @@ class Rollout:
     The first `num_control` tokens of the prompt are for the student only (teaching.kind=control_token).
     `version_first`/`version_last` are the weight versions that produced the first and the last token.
     `finish_reason` is "stop" (an end token was sampled) or "length" (cut at max_new_tokens).
+    `behavior_logprobs` are at the rollout temperature, before truncation; `kept_logmass` is the log of the probability
+    that truncation (top-p, top-k, min-p) kept, so a token was drawn with `behavior_logprobs - kept_logmass`. None: all.
     """
 
     sample_id: str
@@ -51,6 +53,7 @@ class Rollout:
     server: str
     num_control: int = 0
     topk_ids: NDArray[np.int32] | None = None  # [L, K] the student's likeliest tokens, when asked
+    kept_logmass: NDArray[np.float32] | None = None  # [L]
 
     @property
     def taught_prompt_ids(self) -> tuple[int, ...]:

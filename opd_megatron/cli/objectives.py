@@ -101,6 +101,12 @@ def describe_loss(recipe: Recipe) -> list[str]:
             f"{correction.kind} importance weights per {correction.level} in "
             f"[{correction.low:g}, {correction.high:g}]"
         )
+    if settings.truncated:
+        rollout = recipe.rollout
+        parts.append(
+            f"rollouts truncated by top_p {rollout.top_p:g}, top_k {rollout.top_k}, min_p {rollout.min_p:g}: "
+            "a sampled-token estimator descends its divergence on the kept tokens (losses/truncation.py)"
+        )
     if recipe.filter.score != "none":
         parts.append(
             f"tokens of {recipe.filter.score} {recipe.filter.low:g}-{recipe.filter.high:g} %"

@@ -1,4 +1,4 @@
-"""`opd run` and `opd eval`: commands that start processes."""
+"""`opd run`, `opd probe` and `opd eval`: commands that start processes."""
 
 from __future__ import annotations
 
@@ -136,3 +136,19 @@ def evaluate(
     _say(f"evaluating {recipe.student.path}")
     _say(f"run directory {directory.root}")
     sys.exit(evaluate_local(recipe, path, overrides, directory, _say))
+
+
+def probe(name: RecipeName, overrides: Overrides = None, run_dir: RunDirOption = None) -> None:
+    """Compare the teachers of a recipe with its student before training: a table, and probe.json in a run directory.
+
+    Every teacher scores the same few rollouts of the student (preflight.probe_prompts, probe_rollouts, probe_topk).
+    """
+    overrides = list(overrides or [])
+    recipe, path = resolve_recipe(name, overrides)
+    check(recipe)
+    from opd_megatron.launch.local import probe_local
+
+    directory = RunDir((run_dir or default_run_dir(f"probe-{recipe.name}")).resolve())
+    _say(f"probing {', '.join(recipe.teachers)}")
+    _say(f"run directory {directory.root}")
+    sys.exit(probe_local(recipe, path, overrides, directory, _say))

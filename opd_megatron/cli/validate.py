@@ -53,5 +53,8 @@ def validate(
         )
         for example in scan.rejections.examples:
             typer.echo(f"  {example}")
-    typer.echo(f"tokenizer: {facts.vocab_size} ids, the same for student and teachers")
+    typer.echo(
+        f"tokenizer: {facts.vocab_size} ids, the same for student and teachers; ends: {facts.ends}; "
+        f"thinking: {facts.thinking}"
+    )
     typer.echo("valid")

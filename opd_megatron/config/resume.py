@@ -22,6 +22,7 @@ _MAY_CHANGE = (
     "observe.",
     "checkpoint.",
     "preflight.",
+    "alarms.",
     "evaluation.every",
     "weight_sync.",
     "summary",

@@ -15,6 +15,10 @@ from opd_megatron.config.schema import Recipe, ServerConfig
 from opd_megatron.config.teaching_rules import teaching_problems
 from opd_megatron.errors import ConfigError, did_you_mean
 
+# What data/tokenizer_form.py compares; a test holds both equal.
+ACCEPTED_FORMS = ("special_tokens", "segmentation", "chat_template")
+# SGLang's limit of a returned sampling mask is 4096 tokens; the rest is room for ties at the cutoff.
+MAX_KEPT_TOKENS = 4000
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -63,6 +67,12 @@ def _required(recipe: Recipe) -> Iterator[str]:
             yield f"teachers.{name}: teacher names must match {_NAME.pattern}; rename it"
         if not teacher.path:
             yield f"teachers.{name}.path='': must name a model directory; set teachers.{name}.path=DIR"
+        for form in teacher.accept:
+            if form not in ACCEPTED_FORMS:
+                yield (
+                    f"teachers.{name}.accept={teacher.accept}: no such difference {form!r}"
+                    f"{did_you_mean(form, ACCEPTED_FORMS)}; use some of: {', '.join(ACCEPTED_FORMS)}"
+                )
         if teacher.offload and teacher.engine != "in_process":
             yield (
                 f"teachers.{name}.offload=True: teachers.{name}.engine={teacher.engine!r} keeps no weights in the "
@@ -188,11 +198,27 @@ def _objective(recipe: Recipe) -> Iterator[str]:
             f"max_staleness={recipe.max_staleness}: rollouts are strictly on-policy in this version; "
             f"set max_staleness=0"
         )
-    if recipe.rollout.top_p < 1.0 or recipe.rollout.top_k != -1:
+
+
+def _sampling(recipe: Recipe) -> Iterator[str]:
+    rollout, evaluation = recipe.rollout, recipe.evaluation
+    for key, top_k in (("rollout", rollout.top_k), ("evaluation", evaluation.top_k)):
+        if top_k in (0, 1):
+            yield (
+                f"{key}.top_k={top_k}: must be -1 (no limit) or at least 2; "
+                + (
+                    "greedy evaluation is evaluation.temperature=0"
+                    if key == "evaluation"
+                    else "set -1"
+                )
+            )
+    if recipe.is_supervised or not rollout.truncates:
+        return
+    if rollout.top_k == -1 or rollout.top_k > MAX_KEPT_TOKENS:
         yield (
-            f"rollout.top_p={recipe.rollout.top_p}, rollout.top_k={recipe.rollout.top_k}: the rollout "
-            f"engine's log-probs are of the untruncated distribution, so the importance weight would be "
-            f"wrong; set rollout.top_p=1.0 rollout.top_k=-1"
+            f"rollout.top_k={rollout.top_k}: a rollout server states what truncation (rollout.top_p={rollout.top_p}, "
+            f"rollout.min_p={rollout.min_p}) kept only for a finite top_k of at most {MAX_KEPT_TOKENS}, and without it "
+            f"the importance weight would be wrong; set e.g. rollout.top_k=1024, or switch truncation off"
         )
 
 
@@ -209,6 +235,11 @@ def _supervised(recipe: Recipe) -> Iterator[str]:
         yield (
             f"rollout.temperature={recipe.rollout.temperature}: cross-entropy on given responses is at temperature 1; "
             f"set rollout.temperature=1.0 (evaluation.temperature is separate)"
+        )
+    if recipe.rollout.truncates:
+        yield (
+            "rollout.top_p, rollout.top_k, rollout.min_p: objective.estimator=cross_entropy samples nothing; set "
+            "rollout.top_p=1.0 rollout.top_k=-1 rollout.min_p=0.0 (those of the evaluation are separate)"
         )
     if recipe.teachers and not recipe.data.heldout:
         yield (
@@ -236,6 +267,7 @@ def problems(recipe: Recipe) -> list[str]:
         _precision,
         _schedule,
         _objective,
+        _sampling,
         _supervised,
         _weight_sync,
     )

@@ -27,7 +27,7 @@ from opd_megatron.teacher.aliases import aliases_of
 
 async def run_evaluation(recipe: Recipe, run: RunDir, attempt: int) -> None:
     console = RunConsole(recipe.steps)
-    tokenizer = load_chat_tokenizer(Path(recipe.student.path))
+    tokenizer = load_chat_tokenizer(Path(recipe.student.path), thinking=recipe.data.thinking)
     data = data_config(recipe, tokenizer)
     heldout = load_prompts(
         Path(recipe.data.heldout), data, tuple(recipe.teachers), tokenizer, "data.heldout"
@@ -44,6 +44,9 @@ async def run_evaluation(recipe: Recipe, run: RunDir, attempt: int) -> None:
         "problems": min(recipe.evaluation.problems, len(heldout)),
         "samples_per_problem": recipe.evaluation.samples_per_problem,
         "temperature": recipe.evaluation.temperature,
+        "top_p": recipe.evaluation.top_p,
+        "top_k": recipe.evaluation.top_k,
+        "min_p": recipe.evaluation.min_p,
         "max_new_tokens": recipe.rollout.max_new_tokens,
         "grader": recipe.evaluation.grader,
         "kl_problems": recipe.evaluation.kl_problems,

@@ -26,6 +26,18 @@ from opd_megatron.types import Prompt, Rollout
 _SET = "eval/heldout"
 
 
+def evaluation_sampling(recipe: Recipe) -> Sampling:
+    """The one definition of how an evaluation samples."""
+    settings = recipe.evaluation
+    return Sampling(
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        top_k=settings.top_k,
+        min_p=settings.min_p,
+        max_new_tokens=recipe.rollout.max_new_tokens,
+    )
+
+
 class Evaluator:
     """Evaluates always the same problems with the same settings.
 
@@ -50,9 +62,7 @@ class Evaluator:
         self._tokenizer = tokenizer
         self._problems = tuple(prompts[: self.settings.problems])
         check_answers(self._problems)
-        self._sampling = Sampling(
-            temperature=self.settings.temperature, max_new_tokens=recipe.rollout.max_new_tokens
-        )
+        self._sampling = evaluation_sampling(recipe)
         # Supervised training may do without one: there is accuracy then, and no KL.
         self._teacher = recipe.evaluation.teacher or next(iter(recipe.teachers), "")
         self._teachers = [self._teacher] if self._teacher else []

@@ -16,7 +16,9 @@ def sampling_of(rollout: RolloutConfig) -> Sampling:
         temperature=rollout.temperature,
         top_p=rollout.top_p,
         top_k=rollout.top_k,
+        min_p=rollout.min_p,
         max_new_tokens=rollout.max_new_tokens,
+        with_kept_mass=rollout.truncates,
     )
 
 
@@ -52,6 +54,7 @@ async def generate_group(
             server=generation.server,
             num_control=num_control,
             topk_ids=generation.topk_ids,
+            kept_logmass=generation.kept_logmass,
         )
         for sample_id, generation in zip(sample_ids, generations, strict=True)
     )

@@ -78,7 +78,7 @@ class Inputs:
 
 def load_inputs(recipe: Recipe) -> Inputs:
     """Read tokenizer and prompts."""
-    tokenizer = load_chat_tokenizer(Path(recipe.student.path))
+    tokenizer = load_chat_tokenizer(Path(recipe.student.path), thinking=recipe.data.thinking)
     teachers = tuple(recipe.teachers)
     train = load_prompts(
         Path(recipe.data.train),

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from opd_megatron.atomic import write_json
 from opd_megatron.config.schema import Recipe
+from opd_megatron.controller.alarms import is_repetitive
 from opd_megatron.controller.ledger import Ledger
 from opd_megatron.data.chat import ChatTokenizer
 from opd_megatron.data.prompts import PromptSet
@@ -61,6 +62,9 @@ def length_metrics(samples: Sequence[Sample]) -> dict[str, float]:
     return {
         "rollout/len_mean": float(np.mean(lengths)),
         "rollout/truncated_frac": float(np.mean([s.rollout.truncated for s in samples])),
+        "rollout/repetitive_frac": float(
+            np.mean([is_repetitive(s.rollout.response_ids) for s in samples])
+        ),
     }
 
 

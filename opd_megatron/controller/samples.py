@@ -22,6 +22,7 @@ class SampleMaker:
 
     Attributes:
         aliases: of each teacher.
+        temperatures: of each teacher.
     """
 
     def __init__(
@@ -29,6 +30,7 @@ class SampleMaker:
     ) -> None:
         settings = LossSettings.of(recipe)
         self.aliases = aliases
+        self.temperatures = {name: t.temperature for name, t in recipe.teachers.items()}
         self._tokenizer = tokenizer
         self._masked_ids = _masked_ids(recipe.objective.mask_special_tokens, tokenizer)
         self._grader: Grader | None = None

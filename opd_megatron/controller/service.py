@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 
 from opd_megatron.config.schema import Recipe
 from opd_megatron.controller import protocol, records
+from opd_megatron.controller.alarms import Alarms
 from opd_megatron.controller.committing import Committer
 from opd_megatron.controller.core import Core
 from opd_megatron.controller.evaluation import Evaluator
@@ -76,6 +77,7 @@ class Service:
         self._events: asyncio.Queue[protocol.Event | BaseException] = asyncio.Queue()
         self._tasks: set[asyncio.Task[None]] = set()
         self._sampling = sampling_of(context.recipe.rollout)
+        self._alarms = Alarms(context.recipe.alarms, context.console.say)
         self._watch: Stopwatch | None = None
         self._samples: tuple[Sample, ...] = ()
         self._checkpoint_s = 0.0
@@ -313,6 +315,8 @@ class Service:
         row = context.records.step(step, metrics, trained)
         context.console.step(row)
         if trained:
+            if not context.recipe.is_supervised:
+                self._alarms.check(step, row)
             self._show_rollouts(step, {prompt.id: prompt for _, prompt in trained})
             self._discard_batches(step)
 

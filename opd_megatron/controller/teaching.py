@@ -35,6 +35,7 @@ def wanted_of(recipe: Recipe, vocab_size: int) -> Wanted:
         # A teacher has no more than the whole vocabulary to send.
         topk=min(settings.teacher_topk, vocab_size),
         route=route_of(recipe, vocab_size),
+        temperatures={name: teacher.temperature for name, teacher in recipe.teachers.items()},
     )
 
 

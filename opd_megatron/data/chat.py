@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from opd_megatron.data.tokenizer_files import (
     compare_tokenizers,
@@ -33,9 +33,16 @@ class ChatTokenizer:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, vocab_size: int, eos_ids: tuple[int, ...]
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        vocab_size: int,
+        eos_ids: tuple[int, ...],
+        thinking: str = "template",
     ) -> None:
         self._tokenizer = tokenizer
+        self._switch: dict[str, Any] = (
+            {} if thinking == "template" else {"enable_thinking": thinking == "always"}
+        )
         self.vocab_size = vocab_size
         self.eos_ids = eos_ids
         special = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special}
@@ -105,7 +112,10 @@ class ChatTokenizer:
         try:
             return str(
                 self._tokenizer.apply_chat_template(
-                    list(messages), add_generation_prompt=not is_answered, tokenize=False
+                    list(messages),
+                    add_generation_prompt=not is_answered,
+                    tokenize=False,
+                    **self._switch,
                 )
             )
         except Exception as error:  # templates raise what they like
@@ -131,8 +141,13 @@ def _refused(error: Exception) -> ValueError:
     return ValueError(f"the student's chat template or tokenizer refuses it: {error}")
 
 
-def load_chat_tokenizer(directory: Path, key: str = "student.path") -> ChatTokenizer:
+def load_chat_tokenizer(
+    directory: Path, key: str = "student.path", *, thinking: str = "template"
+) -> ChatTokenizer:
     """Load the tokenizer of a Hugging Face model directory, without network.
+
+    Args:
+        thinking: `data.thinking` of the recipe.
 
     Raises:
         ConfigError: the tokenizer cannot be loaded or has no chat template.
@@ -154,4 +169,4 @@ def load_chat_tokenizer(directory: Path, key: str = "student.path") -> ChatToken
             "add chat_template to tokenizer_config.json; base models often take their instruct "
             "sibling's",
         )
-    return ChatTokenizer(tokenizer, fingerprint.vocab_size, fingerprint.eos_ids)
+    return ChatTokenizer(tokenizer, fingerprint.vocab_size, fingerprint.eos_ids, thinking)

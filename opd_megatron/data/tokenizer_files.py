@@ -1,8 +1,8 @@
-"""What a tokenizer means, from its files alone: token of each id, vocabulary size, end tokens.
+"""What a tokenizer means, from its files alone: bytes of each id, vocabulary size, end tokens.
 
 Distillation compares log-probs of the same ids under two models, so student and teacher must agree
-on what every id means. How text is cut into tokens (merges) is the student's own business: a
-teacher only ever sees ids.
+on what every id means: on the bytes it stands for (`token_bytes.py`). What else differs between two
+tokenizers is in `tokenizer_form.py`.
 
 Reads `tokenizer.json` (or `vocab.json`/`added_tokens.json`, the older layout),
 `tokenizer_config.json`, `config.json` and `generation_config.json`. Imports neither torch nor
@@ -13,12 +13,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opd_megatron.errors import ConfigError
+from opd_megatron.data.json_files import read_object
+from opd_megatron.data.token_bytes import bytes_of_tokens
+from opd_megatron.data.tokenizer_form import compare_forms, tokenizer_form
+from opd_megatron.errors import ConfigError, TokenizerMismatch
 
 
 @dataclass(frozen=True)
@@ -26,13 +29,15 @@ class TokenizerFingerprint:
     """What ids mean to one model.
 
     Attributes:
-        tokens: token of each id.
+        tokens: token of each id, as the files spell it.
+        contents: the bytes that each id stands for.
         vocab_size: rows of the model's embedding (`config.json`); may exceed the number of tokens.
         eos_ids: every id a server ends a response with.
-        digest: SHA-256 of all of the above.
+        digest: SHA-256 of contents, vocab_size and eos_ids.
     """
 
     tokens: dict[int, str]
+    contents: dict[int, bytes]
     vocab_size: int
     eos_ids: tuple[int, ...]
     digest: str
@@ -47,12 +52,12 @@ def tokenizer_fingerprint(directory: Path, key: str = "student.path") -> Tokeniz
     Raises:
         ConfigError: a file is missing or is not what its name says.
     """
-    config = _read_object(directory / "config.json", key)
+    config = read_object(directory / "config.json", key)
     if config is None:
         raise ConfigError.of(
             key, str(directory), "no config.json there", "name a Hugging Face model directory"
         )
-    tokens = _read_tokens(directory, key)
+    tokens, contents = _read_tokens(directory, key)
     # Multimodal configurations keep the language model's settings one level down.
     text_config = config.get("text_config") or config
     vocab_size = text_config.get("vocab_size")
@@ -64,10 +69,10 @@ def tokenizer_fingerprint(directory: Path, key: str = "student.path") -> Tokeniz
             "use the tokenizer that belongs to this model",
         )
     eos_ids = _read_eos_ids(directory, text_config, tokens, key)
-    record = json.dumps([sorted(tokens.items()), vocab_size, eos_ids])
-    return TokenizerFingerprint(
-        tokens, vocab_size, eos_ids, hashlib.sha256(record.encode()).hexdigest()
-    )
+    listed = [[index, content.hex()] for index, content in sorted(contents.items())]
+    record = json.dumps([listed, vocab_size, eos_ids])
+    digest = hashlib.sha256(record.encode()).hexdigest()
+    return TokenizerFingerprint(tokens, contents, vocab_size, eos_ids, digest)
 
 
 def compare_tokenizers(
@@ -75,24 +80,45 @@ def compare_tokenizers(
     teacher_directory: Path,
     teacher_name: str = "main",
     aliases: Mapping[str, str] | None = None,
+    accept: Collection[str] = (),
 ) -> None:
-    """Check that student and teacher give every id the same meaning, and end with the same tokens.
+    """Check that student and teacher give every id the same meaning, end with the same tokens, and have one form.
 
     Args:
         aliases: student token -> teacher token; the student's end tokens are compared after it.
+        accept: differences of form that the recipe knows of (`tokenizer_form.py`).
 
     Raises:
-        ConfigError: they differ; the message names the first difference and both sides of it.
+        TokenizerMismatch: they differ; the message names the first difference and both sides of it.
+        ConfigError: a file is missing or is not what its name says.
     """
+    teacher_key = f"teachers.{teacher_name}.path"
+    _compare_ids(student_directory, teacher_directory, teacher_name, aliases)
+    compare_forms(
+        tokenizer_form(student_directory, "student.path"),
+        tokenizer_form(teacher_directory, teacher_key),
+        teacher_key,
+        str(teacher_directory),
+        accept,
+    )
+
+
+def _compare_ids(
+    student_directory: Path,
+    teacher_directory: Path,
+    teacher_name: str,
+    aliases: Mapping[str, str] | None,
+) -> None:
     teacher_key = f"teachers.{teacher_name}.path"
     student = tokenizer_fingerprint(student_directory, "student.path")
     teacher = tokenizer_fingerprint(teacher_directory, teacher_key)
     if student.digest == teacher.digest and not aliases:
         return
-    if student.tokens != teacher.tokens:
-        difference = _first_difference(student.tokens, teacher.tokens)
+    if student.contents != teacher.contents:
+        what, difference = "tokens", _first_difference(student, teacher)
         fix = "use a teacher of the same model family"
     elif student.vocab_size != teacher.vocab_size:
+        what = "vocabulary size"
         difference = (
             f"vocabulary size is {student.vocab_size} for the student and {teacher.vocab_size} for "
             "the teacher"
@@ -102,82 +128,81 @@ def compare_tokenizers(
         ends = {(aliases or {}).get(student.tokens[i], student.tokens[i]) for i in student.eos_ids}
         if aliases and ends <= {teacher.tokens[i] for i in teacher.eos_ids}:
             return
+        what = "end tokens"
         difference = (
             f"end tokens are {_named(student)} for the student and {_named(teacher)} for the "
             "teacher"
         )
-        fix = (
-            f"say which of the teacher's takes the place of the student's: teachers.{teacher_name}."
-            "aliases={student token: teacher token}, or use two models of the same kind"
-        )
-    raise ConfigError.of(
-        teacher_key,
-        str(teacher_directory),
-        f"its tokenizer differs from the student's ({student_directory}): {difference}",
-        fix,
-    )
+        fix = _end_token_fix(student, teacher, teacher_name)
+    raise TokenizerMismatch.between(teacher_key, str(teacher_directory), what, difference, fix)
 
 
-def _first_difference(student: dict[int, str], teacher: dict[int, str]) -> str:
-    index = min(i for i in student.keys() | teacher.keys() if student.get(i) != teacher.get(i))
+def _end_token_fix(
+    student: TokenizerFingerprint, teacher: TokenizerFingerprint, teacher_name: str
+) -> str:
+    """What happens without an alias, and the alias that is most likely meant."""
+    ours = [student.tokens[i] for i in student.eos_ids if i not in teacher.eos_ids]
+    theirs = [teacher.tokens[i] for i in teacher.eos_ids if i not in student.eos_ids]
+    one = ours[0] if ours else student.tokens[student.eos_ids[0]]
+    other = theirs[0] if theirs else teacher.tokens[teacher.eos_ids[0]]
     return (
-        f"id {index} is {student.get(index)!r} for the student and {teacher.get(index)!r} for the "
-        f"teacher (None: no such id; {len(student)} and {len(teacher)} tokens)"
+        "a teacher gives an end token that is not its own almost no probability, so the student would unlearn to stop; "
+        "say which of the teacher's takes the place of the student's, e.g. "
+        f"'teachers.{teacher_name}.aliases.{one}={other}', or use two models of the same kind"
     )
+
+
+def _first_difference(student: TokenizerFingerprint, teacher: TokenizerFingerprint) -> str:
+    ours, theirs = student.contents, teacher.contents
+    index = min(i for i in ours.keys() | theirs.keys() if ours.get(i) != theirs.get(i))
+    one, other = student.tokens.get(index), teacher.tokens.get(index)
+    if one == other:
+        said = f"id {index} is spelled {one!r} by both and stands for {ours[index]!r} and {theirs[index]!r}"
+    else:
+        said = f"id {index} is {one!r} for the student and {other!r} for the teacher"
+    return f"{said} (None: no such id; {len(ours)} and {len(theirs)} tokens)"
 
 
 def _named(fingerprint: TokenizerFingerprint) -> str:
     return ", ".join(f"{index} {fingerprint.tokens.get(index)!r}" for index in fingerprint.eos_ids)
 
 
-def _read_object(path: Path, key: str) -> dict[str, Any] | None:
-    """The JSON object of a file, None when there is no such file."""
-    if not path.is_file():
-        return None
-    try:
-        value = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ConfigError.of(
-            key, str(path), f"not JSON ({error})", "copy the model again"
-        ) from error
-    if not isinstance(value, dict):
-        raise ConfigError.of(key, str(path), "not a JSON object", "copy the model again")
-    return value
-
-
-def _read_tokens(directory: Path, key: str) -> dict[int, str]:
-    """Id -> token, from `tokenizer.json` or the older `vocab.json`; added tokens win."""
-    tokenizer = _read_object(directory / "tokenizer.json", key)
+def _read_tokens(directory: Path, key: str) -> tuple[dict[int, str], dict[int, bytes]]:
+    """Id -> token and id -> bytes, from `tokenizer.json` or the older `vocab.json`; added tokens win."""
+    tokenizer = read_object(directory / "tokenizer.json", key)
     if tokenizer is not None:
         vocab = tokenizer.get("model", {}).get("vocab", {})
         if isinstance(vocab, list):  # unigram models: [[token, score], ...]
             vocab = {entry[0]: index for index, entry in enumerate(vocab)}
         added = {token["id"]: token["content"] for token in tokenizer.get("added_tokens", [])}
+        decoder = tokenizer.get("decoder")
     else:
-        vocab = _read_object(directory / "vocab.json", key) or {}
-        extra = _read_object(directory / "added_tokens.json", key) or {}
+        vocab = read_object(directory / "vocab.json", key) or {}
+        extra = read_object(directory / "added_tokens.json", key) or {}
         added = {index: token for token, index in extra.items()}
-    tokens = {index: token for token, index in vocab.items()} | added
-    config = _read_object(directory / "tokenizer_config.json", key) or {}
+        # The older layout comes with merges and is byte-level.
+        decoder = {"type": "ByteLevel"} if (directory / "merges.txt").is_file() else None
+    config = read_object(directory / "tokenizer_config.json", key) or {}
     for index, token in config.get("added_tokens_decoder", {}).items():
-        tokens[int(index)] = token["content"]
+        added[int(index)] = token["content"]
+    tokens = {index: token for token, index in vocab.items()} | added
     if not tokens:
         raise ConfigError.of(
             key, str(directory), "no tokenizer there", "add tokenizer.json to the model directory"
         )
-    return tokens
+    return tokens, bytes_of_tokens(tokens, added, decoder)
 
 
 def _read_eos_ids(
     directory: Path, config: dict[str, Any], tokens: dict[int, str], key: str
 ) -> tuple[int, ...]:
     """Union of what three files name: a server stops at any of them."""
-    generation = _read_object(directory / "generation_config.json", key) or {}
+    generation = read_object(directory / "generation_config.json", key) or {}
     found: set[int] = set()
     for value in (config.get("eos_token_id"), generation.get("eos_token_id")):
         if value is not None:
             found.update(value if isinstance(value, list) else [value])
-    tokenizer_config = _read_object(directory / "tokenizer_config.json", key) or {}
+    tokenizer_config = read_object(directory / "tokenizer_config.json", key) or {}
     eos_token = tokenizer_config.get("eos_token")
     if isinstance(eos_token, dict):
         eos_token = eos_token["content"]

@@ -5,6 +5,7 @@
     tokens          [sum(P + L)] int32
     response_offsets [N + 1] int64    the per-response-token arrays below are cut with these
     behavior_logprobs, teacher_logprobs  [sum L] float32
+    kept_logmass [sum L] float32      only when rollouts are truncated: log of the mass that truncation kept
     trainable [sum L] uint8           0 for tokens masked for what they are
     groups   [N] int32                samples of one prompt share a number
     rewards  [N] float32              only with a task term
@@ -94,6 +95,7 @@ class WholeBatch:
     groups: NDArray[np.int32]  # [N]
     rewards: NDArray[np.float32] | None  # [N]
     topk_logprobs: NDArray[np.float32] | None  # [sum L, K]
+    kept_logmass: NDArray[np.float32] | None = None
 
 
 def _offsets(lengths: Sequence[int]) -> NDArray[np.int64]:
@@ -123,8 +125,9 @@ def write_batch(path: Path, step: int, weight_version: int, samples: Sequence[Sa
         for name, array in (
             ("behavior_logprobs", sample.rollout.behavior_logprobs),
             ("sampled_logprobs", sample.scores.sampled_logprobs),
+            ("kept_logmass", sample.rollout.kept_logmass),
         ):
-            if len(array) != length:
+            if array is not None and len(array) != length:
                 raise ContractError(
                     f"sample {sample.rollout.sample_id}: {name} has {len(array)} entries for "
                     f"{length} response tokens"
@@ -133,6 +136,9 @@ def write_batch(path: Path, step: int, weight_version: int, samples: Sequence[Sa
     if any(with_topk) and not all(with_topk):
         raise ContractError("some samples of the step batch carry teacher top-K and some do not")
 
+    with_kept = [s.rollout.kept_logmass is not None for s in samples]
+    if any(with_kept) and not all(with_kept):
+        raise ContractError("some samples of the step batch were truncated and some were not")
     with_reward = [s.reward is not None for s in samples]
     if any(with_reward) and not all(with_reward):
         raise ContractError("some samples of the step batch carry a reward and some do not")
@@ -157,6 +163,8 @@ def write_batch(path: Path, step: int, weight_version: int, samples: Sequence[Sa
             [[s.rollout.version_first, s.rollout.version_last] for s in samples], dtype=np.int64
         ).reshape(-1, 2),
     }
+    if samples and all(with_kept):
+        arrays["kept_logmass"] = flat([s.rollout.kept_logmass for s in samples], np.float32)  # type: ignore[misc]
     if samples and all(with_reward):
         arrays["rewards"] = np.asarray([s.reward for s in samples], dtype=np.float32)
     if samples and all(with_topk):
@@ -221,6 +229,7 @@ def read_whole(path: Path, *, with_topk: bool = False) -> WholeBatch:
             topk_logprobs=file.get_tensor("topk_logprobs")
             if with_topk and "topk_logprobs" in keys
             else None,
+            kept_logmass=file.get_tensor("kept_logmass") if "kept_logmass" in keys else None,
         )
 
 

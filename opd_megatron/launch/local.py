@@ -107,10 +107,40 @@ def evaluate_local(
         raise ConfigError.of(
             "data.heldout", "", "evaluation needs held-out prompts", "set data.heldout=FILE"
         )
+    module = "opd_megatron.controller.evaluate_main"
+    return _once(recipe, recipe_file, overrides, run, module, False, say)
+
+
+def probe_local(
+    recipe: Recipe, recipe_file: Path, overrides: Sequence[str], run: RunDir, say: Say
+) -> int:
+    """Compare the recipe's teachers here: servers, and the learner for teachers inside it. Returns and raises as
+    `run_local`.
+    """
+    if not recipe.teachers:
+        raise ConfigError.of(
+            "teachers", {}, "there is none to compare", "set teachers.main.path=DIR"
+        )
+    if recipe.in_process_teachers:
+        check_learner(recipe)
+    module = "opd_megatron.controller.probe_main"
+    with_learner = bool(recipe.in_process_teachers)
+    return _once(recipe, recipe_file, overrides, run, module, with_learner, say)
+
+
+def _once(
+    recipe: Recipe,
+    recipe_file: Path,
+    overrides: Sequence[str],
+    run: RunDir,
+    module: str,
+    with_learner: bool,
+    say: Say,
+) -> int:
+    """Something that is measured and never resumed."""
     with _claimed(recipe, recipe_file, overrides, run, False, say) as attempt:
         try:
-            module = "opd_megatron.controller.evaluate_main"
-            return _supervise(recipe, run, attempt, module, False, say)
+            return _supervise(recipe, run, attempt, module, with_learner, say)
         except Interrupted as interruption:
             say(f"{interruption}: everything stopped")
             return _code_of(interruption)

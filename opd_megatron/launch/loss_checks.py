@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from opd_megatron.config.schema import Recipe
+from opd_megatron.config.schema import Recipe, TeacherConfig
 from opd_megatron.data.rows import RowScan
 from opd_megatron.errors import ConfigError, DataError
 from opd_megatron.eval.grading import make_grader
@@ -48,15 +48,24 @@ def check_loss(recipe: Recipe) -> Objective:
             "runs on CUDA, and device=cpu",
             "set learner.loss_backend=auto",
         )
-    if recipe.rollout.temperature != 1.0 and not recipe.objective.allow_biased:
-        raise ConfigError.of(
-            "rollout.temperature",
-            recipe.rollout.temperature,
-            "the student's log-probs in the loss are at this temperature, a teacher's at 1: the student would "
-            "learn to be the teacher only when sampled at this temperature",
-            "set rollout.temperature=1.0, or objective.allow_biased=true if that is what you want",
-        )
+    if not recipe.objective.allow_biased:
+        for name, teacher in recipe.teachers.items():
+            _check_temperatures(recipe.rollout.temperature, name, teacher)
     return row
+
+
+def _check_temperatures(rollout: float, name: str, teacher: TeacherConfig) -> None:
+    if rollout == teacher.temperature:
+        return
+    raise ConfigError.of(
+        "rollout.temperature",
+        rollout,
+        f"the student's log-probs in the loss are at this temperature, those of teacher {name} at "
+        f"teachers.{name}.temperature={teacher.temperature:g}: the student would learn to be the teacher only when the "
+        "two are sampled at these temperatures",
+        f"set both to one value (one other than 1 needs the whole distribution of the teacher: "
+        f"teachers.{name}.engine=in_process), or objective.allow_biased=true if that is what you want",
+    )
 
 
 def check_aliases(recipe: Recipe) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from opd_megatron.config.schema import Recipe, TeacherConfig
 from opd_megatron.errors import ConfigError
 from opd_megatron.eval.grading import make_grader
+from opd_megatron.launch.contracts import check_vocabulary_uses
 from opd_megatron.launch.loss_checks import check_loss
 from opd_megatron.launch.preflight import read_model_config
 from opd_megatron.megatron.architecture import (
@@ -67,6 +68,7 @@ def check_offline(recipe: Recipe) -> list[str]:
     check_layout(student.architecture, recipe.learner)
     fp8_settings(student.architecture.num_layers, recipe.learner)
     _check_context(student, "student.path", recipe)
+    check_vocabulary_uses(recipe, student.architecture.vocab_size)
     route_of(recipe, student.architecture.vocab_size)
     missing = [] if student.is_here else [student.name]
     for name, config in recipe.teachers.items():

@@ -14,8 +14,10 @@ from opd_megatron.config.locations import how_to_get_model, is_model_name
 from opd_megatron.config.schema import Recipe
 from opd_megatron.data.rows import RowScan, scan_rows
 from opd_megatron.data.tokenizer_files import compare_tokenizers, tokenizer_fingerprint
+from opd_megatron.data.tokenizer_form import tokenizer_form
 from opd_megatron.errors import ConfigError, DataError
 from opd_megatron.eval.grading import make_grader
+from opd_megatron.launch.contracts import check_not_student, check_thinking, check_vocabulary_uses
 from opd_megatron.launch.doctor import package_folder, torch_cuda
 from opd_megatron.launch.gpus import check_precision, parse_cuda, visible_gpus
 from opd_megatron.launch.loss_checks import check_aliases, check_loss, check_task
@@ -34,6 +36,8 @@ class InputFacts:
     vocab_size: int
     tokenizer_digest: str
     eos_ids: tuple[int, ...]
+    ends: str
+    thinking: str
     train: RowScan
     heldout: RowScan | None
 
@@ -152,8 +156,13 @@ def check_inputs(recipe: Recipe) -> InputFacts:
     for name, teacher in recipe.teachers.items():
         key = f"teachers.{name}.path"
         _check_context(read_model_config(Path(teacher.path), key), key, recipe)
-        compare_tokenizers(student, Path(teacher.path), name, teacher.aliases)
+        compare_tokenizers(student, Path(teacher.path), name, teacher.aliases, teacher.accept)
+        if not recipe.is_supervised:
+            check_not_student(student, name, teacher)
     check_aliases(recipe)
+    fingerprint = tokenizer_fingerprint(student)
+    check_vocabulary_uses(recipe, fingerprint.vocab_size)
+    check_thinking(recipe)
     train = scan_rows(
         Path(recipe.data.train), recipe.data, recipe.teachers, with_response=recipe.is_supervised
     )
@@ -168,6 +177,16 @@ def check_inputs(recipe: Recipe) -> InputFacts:
         vocab_size=fingerprint.vocab_size,
         tokenizer_digest=fingerprint.digest,
         eos_ids=fingerprint.eos_ids,
+        ends=" ".join(fingerprint.tokens.get(i, str(i)) for i in fingerprint.eos_ids),
+        thinking=_thinking(recipe),
         train=train,
         heldout=heldout,
     )
+
+
+def _thinking(recipe: Recipe) -> str:
+    """In words, what the student's chat template is asked for."""
+    if not tokenizer_form(Path(recipe.student.path)).can_switch_thinking:
+        return "the chat template has no such mode"
+    asked = recipe.data.thinking
+    return "as the chat template does by itself" if asked == "template" else asked

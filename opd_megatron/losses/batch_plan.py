@@ -28,6 +28,7 @@ from opd_megatron.losses.returns import discounted_advantages
 from opd_megatron.losses.sequences import Sequences
 from opd_megatron.losses.settings import LossSettings
 from opd_megatron.losses.token_loss import log_ratios
+from opd_megatron.losses.truncation import kept_mass
 from opd_megatron.losses.whitening import Moments, whiten
 
 
@@ -42,6 +43,7 @@ class BatchArrays:
     rewards_B: [B] float32, or None without a task.
     teacher_entropy_N: [N] float32, or None where it is not known.
     teacher_entropy_exact: it is of the whole vocabulary, not a bound from a top-K.
+    kept_logmass_N: [N] float32, log of the mass that truncated sampling kept; None: all of it.
     """
 
     behavior_logprobs_N: torch.Tensor
@@ -52,6 +54,7 @@ class BatchArrays:
     rewards_B: torch.Tensor | None = None
     teacher_entropy_N: torch.Tensor | None = None
     teacher_entropy_exact: bool = False
+    kept_logmass_N: torch.Tensor | None = None
 
     @property
     def num_responses(self) -> int:
@@ -73,7 +76,8 @@ class TokenPlan:
     mask_N: bool, what trains. scale_N: float32, mean 1 over the kept tokens, so that the loss sum is
     divided by their number for every normalization. task_N: credit to be added to the
     micro-batch's own. advantages_N: total credit of the sampled token, instead of it.
-    old_logprobs_N: of the policy that PPO clips against. metrics: of the plan, ready to log.
+    old_logprobs_N: of the policy that PPO clips against. kept_mass_N: what truncated sampling kept.
+    metrics: of the plan, ready to log.
     """
 
     mask_N: torch.Tensor
@@ -83,6 +87,7 @@ class TokenPlan:
     weights_N: torch.Tensor | None
     outside_N: torch.Tensor | None
     old_logprobs_N: torch.Tensor | None
+    kept_mass_N: torch.Tensor | None
     metrics: dict[str, float]
 
     @property
@@ -131,8 +136,19 @@ def make_plan(
         weights_N=weights_N,
         outside_N=outside_N,
         old_logprobs_N=scores.logprobs_N if scores and settings.updates_per_step > 1 else None,
+        kept_mass_N=_kept_mass(arrays, mask_N, metrics),
         metrics=metrics,
     )
+
+
+def _kept_mass(
+    arrays: BatchArrays, mask_N: torch.Tensor, metrics: dict[str, float]
+) -> torch.Tensor | None:
+    if arrays.kept_logmass_N is None:
+        return None
+    mass_N = kept_mass(arrays.kept_logmass_N)
+    metrics["offpolicy/kept_mass"] = float(mass_N[mask_N].mean()) if bool(mask_N.any()) else 0.0
+    return mass_N
 
 
 def _mask(

@@ -169,6 +169,14 @@ def _biased(settings: LossSettings, row: Objective) -> Iterator[ConfigError]:
                 f"with {key}={value} {what} needs the ratio of the whole response",
                 f"use correction.level=sequence or correction.kind=none, or {allow}",
             )
+        if value > 0.0 and settings.truncated:
+            yield ConfigError.of(
+                key,
+                value,
+                f"with truncated rollouts (rollout.top_p, top_k, min_p) {what} also pays for leaving the tokens that "
+                "were kept: their probabilities do not sum to 1",
+                f"set rollout.top_p=1.0 rollout.top_k=-1 rollout.min_p=0.0, or {allow}",
+            )
     # Given responses have the length that they have.
     is_sampled = not settings.has_support and not settings.is_supervised
     if objective.normalization == "sequence_mean" and is_sampled:

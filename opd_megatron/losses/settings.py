@@ -37,6 +37,8 @@ class LossSettings:
     served_lists: bool = False
     # No teacher is inside the learner.
     only_served: bool = False
+    # Rollouts were drawn with top-p, top-k or min-p; see truncation.py.
+    truncated: bool = False
 
     @classmethod
     def of(cls, recipe: Recipe) -> LossSettings:
@@ -51,6 +53,7 @@ class LossSettings:
             and recipe.objective.estimator in SUPPORT_ESTIMATORS
             and recipe.objective.support in LISTED_SUPPORTS,
             only_served=not recipe.in_process_teachers,
+            truncated=recipe.rollout.truncates and not recipe.is_supervised,
         )
 
     @property

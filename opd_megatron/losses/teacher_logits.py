@@ -32,21 +32,24 @@ class LocalLogits:
 
     local_logits_TV: [T, V / tp], sharded and padded as the student's; in the student's ids
         (`swap_columns`). vocab_size: real ids. group: tensor-parallel, None for whole rows.
+    temperature: of the statistics.
     """
 
     local_logits_TV: torch.Tensor
     vocab_size: int
     group: dist.ProcessGroup | None = None
     backend: Backend = "auto"
+    temperature: float = 1.0
 
     def stats(self, ids_T: torch.Tensor, support_ids_TJ: torch.Tensor | None = None) -> TokenStats:
-        """log Z, entropy and the log-probs at the given ids, float32, at temperature 1."""
+        """log Z, entropy and the log-probs at the given ids, float32."""
         with torch.no_grad():
             return token_stats(
                 self.local_logits_TV,
                 ids_T,
                 support_ids_TJ=support_ids_TJ,
                 vocab_size=self.vocab_size,
+                temperature=self.temperature,
                 group=self.group,
                 allow_nan=True,
                 backend=self.backend,

@@ -2,12 +2,13 @@
 
 Sampled tokens y, student pi, teacher q, behavior policy mu, at every kept position t:
 
-    loss_t = s_t [ w_t (-A_t log pi(y_t) + c D_t) - b H(pi_t) ]         loss_sum = sum_t loss_t
+    loss_t = s_t [ w_t (-Z_t A_t log pi(y_t) + c D_t) - b H(pi_t) ]     loss_sum = sum_t loss_t
 
 A is the advantage: of the sampled-token estimators c times -(f'(pi/q) - f'(1)) (reverse KL: c (log q
 - log pi), k1), plus the task's, if any. D_t is the divergence over a support, of the two support
-estimators. w is the importance weight pi/mu with its bounds, b the entropy bonus, c the coefficient
-of the distillation term, s the normalization of the token. A, w and s are constants. Because
+estimators. w is the importance weight pi/mu with its bounds, Z the mass that truncated sampling kept
+(truncation.py; 1 without), b the entropy bonus, c the coefficient of the distillation term, s the
+normalization of the token. A, w, Z and s are constants. Because
 -E_pi[A grad log pi] = grad D_f(pi || q), either form descends the divergence at every position.
 
 For most objectives A and w follow from the micro-batch alone. What couples tokens (filters,
@@ -65,6 +66,7 @@ class PlannedTokens:
     weights_T: torch.Tensor | None = None
     outside_T: torch.Tensor | None = None
     old_logprobs_T: torch.Tensor | None = None
+    kept_mass_T: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -181,6 +183,8 @@ class _TokenLoss:
         loss_T, extras = self._policy_terms(
             torch.where(kept_T, student_T, zero), advantages_T, inputs, kept_T
         )
+        if inputs.planned is not None and inputs.planned.kept_mass_T is not None:
+            loss_T = inputs.planned.kept_mass_T * loss_T
         if self.settings.has_support:
             divergence_T, more = self._support_terms(stats, inputs, kept_T)
             loss_T = loss_T + self.settings.objective.coefficient * divergence_T

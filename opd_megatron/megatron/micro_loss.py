@@ -123,6 +123,7 @@ class MicroLoss:
             lambda rows: head.logits(hidden_TH[rows]).local_logits_TV,
             make_divergence(self.settings.objective),
             loss,
+            teacher_temperature=head.temperature,
         )
 
     def _teacher_logprobs(self, batch: DeviceMicroBatch) -> torch.Tensor:
@@ -149,6 +150,7 @@ class MicroLoss:
             weights_T=rows(plan.weights_N),
             outside_T=rows(plan.outside_N),
             old_logprobs_T=rows(plan.old_logprobs_N),
+            kept_mass_T=rows(plan.kept_mass_N),
         )
 
     def _support(

@@ -149,6 +149,7 @@ class OutputHead:
         teacher_logits: Callable[[slice], torch.Tensor],
         divergence: Divergence,
         token_loss: Callable[[DenseStats, slice], tuple[torch.Tensor, Extra]],
+        teacher_temperature: float = 1.0,
     ) -> tuple[torch.Tensor, list[Extra]]:
         """As `loss`, with the divergence from a teacher over the whole vocabulary among the statistics.
 
@@ -166,6 +167,7 @@ class OutputHead:
                 token_loss,
                 vocab_size=self.vocab_size,
                 temperature=temperature,
+                teacher_temperature=teacher_temperature,
                 group=self.groups.tp_or_none,
                 allow_nan=True,
                 backend=self.backend,
@@ -180,6 +182,7 @@ class OutputHead:
             divergence,
             vocab_size=self.vocab_size,
             temperature=temperature,
+            teacher_temperature=teacher_temperature,
             group=self.groups.tp_or_none,
             allow_nan=True,
             backend=self.backend,

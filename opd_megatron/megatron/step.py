@@ -87,6 +87,7 @@ def batch_arrays(whole: WholeBatch) -> BatchArrays:
         groups_B=torch.from_numpy(whole.groups).long(),
         rewards_B=None if whole.rewards is None else torch.from_numpy(whole.rewards),
         teacher_entropy_N=None if topk is None else topk_entropy(torch.from_numpy(topk)),
+        kept_logmass_N=None if whole.kept_logmass is None else torch.from_numpy(whole.kept_logmass),
     )
 
 
@@ -125,7 +126,13 @@ def train(
     if bad is not None:
         return _not_applied(bad)
     micro_batches = packed_batch(state, index, read)
-    teachers = score_in_process(state, index, micro_batches, keep_hidden=settings.has_support)
+    teachers = score_in_process(
+        state,
+        index,
+        micro_batches,
+        keep_hidden=settings.has_support,
+        temperatures={name: t.temperature for name, t in state.recipe.teachers.items()},
+    )
     if teachers is not None:
         arrays = teachers.into(arrays)
     bad = _first_bad(

@@ -27,6 +27,11 @@ class MixedHead:
     target: Target
     heads: tuple[TeacherHead, ...]
 
+    @property
+    def temperature(self) -> float:
+        """A mean is of distributions at temperature 1 (`launch/contracts.py`)."""
+        return 1.0
+
     @torch.no_grad()
     def logits(self, hidden_TX: torch.Tensor) -> LocalLogits:
         """This rank's shard of the logits of the mean."""

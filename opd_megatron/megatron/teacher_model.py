@@ -47,7 +47,8 @@ from opd_megatron.teacher.aliases import aliases_of
 class TeacherHead:
     """The teacher's output layer; on the last pipeline stage only.
 
-    weight_VH: [V / tp, H]. swaps: aliases; logits come out in the student's ids.
+    weight_VH: [V / tp, H]. swaps: aliases; logits come out in the student's ids. temperature: of what its
+    statistics say; the logits are as they are.
     """
 
     weight_VH: torch.Tensor
@@ -56,6 +57,7 @@ class TeacherHead:
     groups: Groups
     sequence_parallel: bool
     backend: Backend
+    temperature: float = 1.0
 
     @property
     def chunk_rows(self) -> int:
@@ -74,7 +76,7 @@ class TeacherHead:
         logits_TV = hidden_TH @ self.weight_VH.T
         group = self.groups.tp_or_none
         swap_columns(logits_TV, self.swaps, vocab_size=self.vocab_size, group=group)
-        return LocalLogits(logits_TV, self.vocab_size, group, self.backend)
+        return LocalLogits(logits_TV, self.vocab_size, group, self.backend, self.temperature)
 
     def chunks(self, hidden_TH: torch.Tensor) -> Iterator[tuple[slice, LocalLogits]]:
         """(rows, their logits), a bounded number of rows at a time, the same on every rank."""

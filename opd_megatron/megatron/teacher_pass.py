@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -105,8 +105,13 @@ def score_in_process(
     micro_batches: Sequence[MicroBatch],
     *,
     keep_hidden: bool,
+    temperatures: Mapping[str, float] | None = None,
 ) -> TeacherPass | None:
-    """Every teacher inside the learner over its own micro-batches; None where the batch has none. Collective."""
+    """Every teacher inside the learner over its own micro-batches; None where the batch has none. Collective.
+
+    Args:
+        temperatures: by teacher; 1 where none is given.
+    """
     inside_B = [is_inside(name, state.teachers) for name in index.teachers]
     if not any(inside_B):
         return None
@@ -118,7 +123,8 @@ def score_in_process(
     for name in sorted(state.teachers):
         asked = [micro for micro in own if name in Target.parse(micro.scorer).members]
         if asked:
-            outputs += _forward(state, state.teachers[name], asked, kept, keep_hidden, means)
+            teacher, temperature = state.teachers[name], (temperatures or {}).get(name, 1.0)
+            outputs += _forward(state, teacher, temperature, asked, kept, keep_hidden, means)
     outputs += [_of_mean(kept, means[number]) for number in sorted(means)]
     if not keep_hidden:
         kept.forget()
@@ -136,6 +142,7 @@ def score_in_process(
 def _forward(
     state: LearnerState,
     teacher: InProcessTeacher,
+    temperature: float,
     micro_batches: Sequence[MicroBatch],
     kept: KeptTeachers,
     keep_hidden: bool,
@@ -145,7 +152,7 @@ def _forward(
 
     def look(output_1SH: torch.Tensor, batch: DeviceMicroBatch) -> MicroResult:
         hidden_SH = output_1SH.squeeze(0)
-        head = teacher.head
+        head = dataclasses.replace(teacher.head, temperature=temperature)
         is_mean = batch.scorer != teacher.name
         if keep_hidden or is_mean:
             kept.heads[teacher.name] = head

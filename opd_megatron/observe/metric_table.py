@@ -142,6 +142,9 @@ METRICS: tuple[Metric, ...] = (
     Metric("offpolicy/masked_frac", "fraction", _MEAN, _LEARNER,
            "Share of response tokens whose importance ratio left the trusted interval, so that "
            "they do not train."),
+    Metric("offpolicy/kept_mass", "probability", _MEAN, _LEARNER,
+           "Probability that top-p, top-k and min-p of the rollout kept at a position; the sampled-token term is "
+           "multiplied by it (truncated rollouts only)."),
     Metric("offpolicy/truncated_frac", "fraction", _MEAN, _LEARNER,
            "Share of response tokens whose importance weight was cut to the trusted interval "
            "(truncated importance sampling only)."),
@@ -153,6 +156,8 @@ METRICS: tuple[Metric, ...] = (
            "Mean response length, the end token included."),
     Metric("rollout/truncated_frac", "fraction", _MEAN, _ROLLOUT,
            "Share of responses cut at the token limit instead of ended by the student."),
+    Metric("rollout/repetitive_frac", "fraction", _MEAN, _CONTROLLER,
+           "Share of responses that end in one block of at most 32 tokens, eight times or more in a row."),
     Metric("rollout/tokens_per_s", "tokens/s", _MEAN, _ROLLOUT,
            "Response tokens generated per second of perf/rollout_s, all servers together."),
     # What the teachers answer.

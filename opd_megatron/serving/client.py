@@ -45,23 +45,27 @@ WaitReport = Callable[[float, str], None]
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How tokens are drawn. Log-probs that come back are at `temperature`, before top-p and top-k.
+    """How tokens are drawn. Log-probs that come back are at `temperature`, before any truncation.
 
     Temperature 0 is greedy; its log-probs are at temperature 1. `stop_token_ids` end a response,
     and the one that did stays in it. The model's own end token always ends one.
+    `with_kept_mass`: also ask which tokens top-p, top-k and min-p kept; needs a finite top_k.
     """
 
     temperature: float
     max_new_tokens: int
     top_p: float = 1.0
     top_k: int = -1
+    min_p: float = 0.0
     stop_token_ids: tuple[int, ...] = ()
+    with_kept_mass: bool = False
 
     def as_request(self) -> dict[str, Any]:
         return {
             "temperature": self.temperature,
             "top_p": self.top_p,
             "top_k": self.top_k,
+            "min_p": self.min_p,
             "max_new_tokens": self.max_new_tokens,
             "stop_token_ids": list(self.stop_token_ids),
         }
@@ -193,6 +197,8 @@ class SglangClient:
                 "return_flat_raw_top_logprobs_b64": topk > 0,
                 "rid": wire,
             }
+            if sampling.with_kept_mass:
+                body["return_sampling_mask"] = True
             answer = await self._http.request_once(
                 "POST", "/generate", key=self._keys.api, body=body, paced=True
             )
@@ -205,6 +211,7 @@ class SglangClient:
                 max_new_tokens=sampling.max_new_tokens,
                 server=self.name,
                 topk=topk,
+                kept_at_most=sampling.top_k if sampling.with_kept_mass else None,
             )
 
         return await self._http.with_retries("/generate", attempt)

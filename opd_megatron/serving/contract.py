@@ -40,6 +40,7 @@ from opd_megatron.serving.fields import (
     parse_version,
     read_rows,
 )
+from opd_megatron.serving.kept_mass import parse_kept
 from opd_megatron.serving.listed import parse_listed
 from opd_megatron.serving.topk import MAX_LOGPROB, MIN_LOGPROB, parse_topk
 
@@ -59,6 +60,9 @@ class Generation:
     version_last: int
     server: str
     topk_ids: NDArray[np.int32] | None = None  # [L, K], likeliest first
+    kept_logmass: NDArray[np.float32] | None = (
+        None  # [L], see kept_mass.py; None when not asked for
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +86,12 @@ def read_generations(
     max_new_tokens: int,
     server: str,
     topk: int = 0,
+    kept_at_most: int | None = None,
 ) -> list[Generation]:
     """The whole answer to a call of `generate`: all of it is right, or nothing is returned.
+
+    Args:
+        kept_at_most: top-k of a request that asked which tokens truncation kept; None: it did not ask.
 
     Raises:
         ContractError, ServerError: as `parse_items` and `parse_generation`.
@@ -98,6 +106,7 @@ def read_generations(
             max_new_tokens=max_new_tokens,
             server=server,
             topk=topk,
+            kept_at_most=kept_at_most,
         )
         for item, rid, wire_id, prompt in zip(
             parse_items(answer, len(prompts)), rids, sent_as, prompts, strict=True
@@ -163,6 +172,7 @@ def parse_generation(
     max_new_tokens: int,
     server: str,
     topk: int = 0,
+    kept_at_most: int | None = None,
 ) -> Generation:
     """Read one generated response, named `rid` by its caller and `sent_as` on the wire.
 
@@ -189,10 +199,13 @@ def parse_generation(
     else:
         check_equal("meta_info.finish_reason.matched", reason.get("matched"), ids[-1])
     first, last = _version_span(meta.get("weight_versions"), len(ids))
-    topk_ids = None
+    topk_ids = kept = None
     if topk:
         topk_ids, _ = parse_topk(meta, topk, vocab_size, np.asarray(ids), logprobs, "output")
-    return Generation(rid, tuple(ids), logprobs, reason["type"], first, last, server, topk_ids)
+    if kept_at_most is not None:
+        kept = parse_kept(meta, ids, logprobs, vocab_size, kept_at_most)
+    made_by = (reason["type"], first, last, server)
+    return Generation(rid, tuple(ids), logprobs, *made_by, topk_ids, kept)
 
 
 def parse_score(

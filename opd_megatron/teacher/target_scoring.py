@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -30,12 +30,14 @@ class Wanted:
     """What a loss needs of served teachers.
 
     support: of the recipe; "" where it looks at sampled tokens only. topk: K of either side, 0 without a list.
-    route: None where sampled tokens are all.
+    route: None where sampled tokens are all. temperatures: of teachers that score their own tokens, alone
+    (`launch/contracts.py` refuses the rest).
     """
 
     support: str = ""
     topk: int = 0
     route: Route | None = None
+    temperatures: Mapping[str, float] = field(default_factory=dict[str, float])
 
     @property
     def student_topk(self) -> int:
@@ -63,7 +65,14 @@ async def score_target(
     """
     if not target.mean and not wanted.student_topk:
         routes = [target.name] * len(rollouts)
-        return await score_rollouts(teachers, rollouts, routes, topk=wanted.topk, aliases=aliases)
+        return await score_rollouts(
+            teachers,
+            rollouts,
+            routes,
+            topk=wanted.topk,
+            aliases=aliases,
+            temperatures=wanted.temperatures,
+        )
     route = wanted.route
     topk = 0 if route is None else route.topk
     scored = await asyncio.gather(

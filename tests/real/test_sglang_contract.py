@@ -22,6 +22,7 @@ import psutil
 import pytest
 from inside_learner import asked_twice
 from record_answers import record
+from sampling_identity import measured
 from served_targets import check_targets
 from tiny_servers import (
     VOCAB,
@@ -33,6 +34,7 @@ from tiny_servers import (
     running,
 )
 
+from opd_megatron.config.schema import RolloutConfig
 from opd_megatron.errors import EXIT_RETRY, ContractError, ServerError
 from opd_megatron.serving.client import Sampling, SglangClient
 from opd_megatron.serving.keys import ServerKeys, new_keys
@@ -131,6 +133,20 @@ def test_generated_logprobs_are_at_the_rollout_temperature(
         assert np.abs(generation.logprobs - wanted).max() < TOLERANCE_NATS
         assert generation.version_first == generation.version_last == 7
         assert generation.finish_reason == ("stop" if generation.token_ids[-1] == 1 else "length")
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0, 1.2])
+@pytest.mark.parametrize("cut", [{}, {"top_p": 0.9}, {"top_p": 0.9, "min_p": 0.05}], ids=str)
+def test_a_student_equal_to_its_teacher_is_at_distance_zero_however_it_is_sampled(
+    server: Fixture, tmp_path: Path, temperature: float, cut: dict[str, Any]
+) -> None:
+    top_k = VOCAB if cut else -1
+    rollout = RolloutConfig(temperature=temperature, top_k=top_k, max_new_tokens=24, **cut)
+    model = server.models["first"]
+    seen = call(server, lambda client: measured(client, model, rollout, tmp_path))
+    assert abs(seen.kl) <= 1e-3 and seen.gradient < 1e-3 and seen.num_tokens > 50
+    assert seen.masked_frac == 0.0 and seen.num_outside == 0 and seen.kept_nats < 1e-3
+    assert (seen.kept_mass < 0.99) == bool(cut)
 
 
 def test_samples_of_one_group_differ_and_stop_tokens_stay(server: Fixture) -> None:

@@ -23,6 +23,7 @@ from opd_megatron.config.schema.models import (
 )
 from opd_megatron.config.schema.recipe import Recipe
 from opd_megatron.config.schema.running import (
+    AlarmConfig,
     CheckpointConfig,
     ControllerConfig,
     DataConfig,
@@ -40,6 +41,7 @@ __all__ = [
     "SUPERVISED_ESTIMATOR",
     "SUPPORTS",
     "SWITCHES",
+    "AlarmConfig",
     "BatchConfig",
     "CheckpointConfig",
     "ControllerConfig",

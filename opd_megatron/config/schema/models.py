@@ -38,24 +38,40 @@ class TeacherConfig:
 
     `engine`: `sglang` servers send log-probs of the sampled tokens and of its top-K; `in_process` is a second Megatron
     model inside the learner, on the learner's layout, whose whole vocabulary the loss may use. `offload` (in_process)
-    moves its weights to host memory while it does not score.
+    moves its weights to host memory while it does not score. `temperature`: the student learns its distribution at
+    this temperature, as a rule that of the rollout.
     """
 
     path: str = ""
     engine: str = choice("sglang", "sglang", "in_process")
     offload: bool = False
+    temperature: float = number(1.0, 0.01, 10.0)
     # Student token -> teacher token that mean the same, by their text; in the teacher's scores the two swap places.
     # For a Base student under an Instruct teacher: {"<|endoftext|>": "<|im_end|>"}.
     aliases: dict[str, str] = field(default_factory=dict[str, str])
+    # Differences from the student's tokenizer that are known: special_tokens, segmentation, chat_template.
+    accept: list[str] = field(default_factory=list[str])
+    # A teacher with the student's own weights has nothing to teach, unless it is asked in another way.
+    may_equal_student: bool = False
     server: ServerConfig = field(default_factory=ServerConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
-    """How the student generates. Log-probs in the loss are at this temperature."""
+    """How the student generates. Log-probs in the loss are at this temperature.
+
+    top_p, top_k and min_p truncate: only some tokens can be sampled at a position. The loss knows how much
+    probability they held (losses/truncation.py).
+    """
 
     temperature: float = number(1.0, 0.01, 10.0)
     top_p: float = number(1.0, 0.01, 1.0)
     top_k: int = number(-1, -1)
+    min_p: float = number(0.0, 0.0, 1.0)
     max_new_tokens: int = number(1024, 1)
     server: ServerConfig = field(default_factory=ServerConfig)
+
+    @property
+    def truncates(self) -> bool:
+        """Some tokens can not be sampled."""
+        return self.top_p < 1.0 or self.top_k != -1 or self.min_p > 0.0

@@ -16,6 +16,7 @@ from opd_megatron.config.schema.loss import (
 )
 from opd_megatron.config.schema.models import RolloutConfig, StudentConfig, TeacherConfig
 from opd_megatron.config.schema.running import (
+    AlarmConfig,
     CheckpointConfig,
     ControllerConfig,
     DataConfig,
@@ -54,6 +55,7 @@ class Recipe:
     weight_sync: WeightSyncConfig = field(default_factory=WeightSyncConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    alarms: AlarmConfig = field(default_factory=AlarmConfig)
     preflight: PreflightConfig = field(default_factory=PreflightConfig)
     observe: ObserveConfig = field(default_factory=ObserveConfig)
 

@@ -11,6 +11,7 @@ from opd_megatron.config.schema.fields import choice, number
 class DataConfig:
     """Prompts. Paths are relative to the recipe file. Rows: `prompt`, optional `answer`, `teacher`, `domain`, `id`.
 
+    `thinking`: which mode the student's chat template is asked for; `template` leaves it to the template.
     Supervised training also needs the response: in `response`, or as the last message of `prompt`.
     """
 
@@ -19,6 +20,7 @@ class DataConfig:
     prompt_key: str = "prompt"
     answer_key: str = "answer"
     response_key: str = "response"
+    thinking: str = choice("template", "template", "always", "never")
     max_prompt_tokens: int = number(1024, 1)
     max_bad_rows_frac: float = number(0.01, 0.0, 1.0)
     shuffle: bool = True
@@ -61,6 +63,9 @@ class EvaluationConfig:
     problems: int = number(128, 1)
     samples_per_problem: int = number(8, 1)
     temperature: float = number(1.0, 0.0, 10.0)
+    top_p: float = number(1.0, 0.01, 1.0)
+    top_k: int = number(-1, -1)
+    min_p: float = number(0.0, 0.0, 1.0)
     kl_problems: int = number(64, 0)
     teacher: str = ""
 
@@ -79,11 +84,25 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AlarmConfig:
+    """What is done when too many rollouts of the last `window` steps never stop, or repeat themselves at their end."""
+
+    truncation: str = choice("warn", "warn", "stop", "none")
+    repetition: str = choice("warn", "warn", "stop", "none")
+    max_truncated_frac: float = number(0.8, 0.0, 1.0)
+    max_repetitive_frac: float = number(0.3, 0.0, 1.0)
+    window: int = number(5, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class PreflightConfig:
-    """Checks before step one."""
+    """Checks before step one, and `opd probe`: `probe_rollouts` of each of `probe_prompts`, overlap of `probe_topk`."""
 
     logprob_tolerance_nats: float = number(1e-3, 0.0)
     samples: int = number(8, 1)
+    probe_prompts: int = number(16, 1)
+    probe_rollouts: int = number(4, 1)
+    probe_topk: int = number(16, 1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -69,10 +69,11 @@ def test_a_loss_that_is_not_what_it_says_is_refused(
                 "teachers.main.engine=in_process",
                 "objective.estimator=support_matching",
                 f"objective.support={support}",
+                "objective.topk=8",
             ]
             for support in ("full", "union", "student_topk", "symmetric_difference")
         ),
-        ["filter.score=teacher_entropy", "filter.low=70"],
+        ["filter.score=teacher_entropy", "filter.low=70", "objective.topk=8"],
         ["rollout.temperature=0.7", "objective.allow_biased=true"],
     ],
 )

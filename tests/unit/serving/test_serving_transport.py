@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from opd_megatron.errors import ContractError, RequestRefused, ServerError, Unreachable
+from opd_megatron.errors import ContractError, RequestRefused, ServerError, TimedOut, Unreachable
 from opd_megatron.serving import transport
-from opd_megatron.serving.client import SglangClient
+from opd_megatron.serving.client import Sampling, SglangClient
 from opd_megatron.serving.keys import ServerKeys
 from opd_megatron.serving.transport import HttpTransport
 
@@ -195,3 +195,44 @@ def test_only_empty_responses_need_no_call() -> None:
     assert [score.logprobs.shape for score in scores] == [(0,), (0,)]
     assert [score.topk_ids.shape for score in scores] == [(0, 4), (0, 4)]
     assert scores[0].weight_version is None
+
+
+def test_calls_one_after_another_share_one_connection() -> None:
+    ports: set[Any] = set()
+
+    async def answer(request: web.BaseRequest) -> web.StreamResponse:
+        assert request.transport is not None
+        ports.add(request.transport.get_extra_info("peername"))
+        return answer_json({"model_path": "m", "weight_version": "3"})
+
+    async def ask(url: str) -> None:
+        async with SglangClient("r", url, KEYS, vocab_size=8) as client:
+            for _ in range(5):
+                await client.model_info()
+
+    against(answer, ask)
+    assert len(ports) == 1
+
+
+CALLS: dict[str, Callable[[SglangClient], Awaitable[Any]]] = {
+    "generate": lambda c: c.generate([(1,)], Sampling(temperature=1.0, max_new_tokens=2), ["a"]),
+    "score": lambda c: c.score([((1,), (2,))], topk=2),
+    "model_info": lambda c: c.model_info(),
+    "weight_checksums": lambda c: c.weight_checksums(),
+    "flush_cache": lambda c: c.flush_cache(),
+    "abort_all": lambda c: c.abort_all(),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_every_call_has_a_deadline(name: str) -> None:
+    async def hang(request: web.BaseRequest) -> web.StreamResponse:
+        await asyncio.sleep(0.2)
+        return web.Response()
+
+    async def ask(url: str) -> None:
+        async with SglangClient("r", url, KEYS, vocab_size=8, timeout_s=0.05) as client:
+            await CALLS[name](client)
+
+    with pytest.raises(TimedOut, match="no answer within"):
+        against(hang, ask)
