@@ -87,6 +87,10 @@ bench-planner: install ## Measure what the planner predicts: whole runs and lear
 	$(BIN)/python -m benchmarks.planner memory $(ARGS)
 	$(BIN)/python -m benchmarks.planner report --write-docs
 
+.PHONY: bench-overlap
+bench-overlap: install ## Train the demo in every overlap mode: seconds per step, age, accuracy (ARGS=--quick)
+	$(BIN)/python -m benchmarks.overlap --write-docs $(ARGS)
+
 .PHONY: install-launch
 install-launch: ## Add NeMo-Run to .venv (the extra `launch`); the tests of `opd submit` want it
 	@PYTHON=$(PYTHON) scripts/install.sh launch

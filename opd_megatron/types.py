@@ -7,6 +7,7 @@ response token `t` given everything before it.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,15 +32,29 @@ class Prompt:
     domain: str | None = None
 
 
+def spread_versions(spans: tuple[tuple[int, int], ...]) -> NDArray[np.int32]:
+    """[L] version of each token, of spans (version, end)."""
+    counts = np.diff([0, *(end for _, end in spans)])
+    return np.repeat(np.asarray([version for version, _ in spans], np.int32), counts)
+
+
 @dataclass(frozen=True, slots=True)
 class Rollout:
     """One response that a rollout server generated, or that the data gave (controller/given.py).
 
     The first `num_control` tokens of the prompt are for the student only (teaching.kind=control_token).
-    `version_first`/`version_last` are the weight versions that produced the first and the last token.
-    `finish_reason` is "stop" (an end token was sampled) or "length" (cut at max_new_tokens).
+    `version_first`/`version_last` are the weight versions that produced the first and the last token; where they
+    differ, `spans` says which version wrote which tokens: (version, end) of each stretch, e.g. `((3, 34), (4, 300))`
+    for tokens 0-33 by version 3 and 34-299 by version 4. `behavior_logprobs` are those of the version that wrote the
+    token. `finish_reason` is "stop" (an end token was sampled) or "length" (cut at max_new_tokens).
     `behavior_logprobs` are at the rollout temperature, before truncation; `kept_logmass` is the log of the probability
     that truncation (top-p, top-k, min-p) kept, so a token was drawn with `behavior_logprobs - kept_logmass`. None: all.
+
+    A conversation is one response, too (controller/episodes.py): `given` are the stretches, (begin, end), that its
+    environment wrote, whose behavior log-probs are 0 and mean nothing; `reward` is what the environment gave.
+
+    Raises:
+        ValueError: spans or stretches that do not fit the versions and the length, or a version that goes down.
     """
 
     sample_id: str
@@ -54,6 +69,43 @@ class Rollout:
     num_control: int = 0
     topk_ids: NDArray[np.int32] | None = None  # [L, K] the student's likeliest tokens, when asked
     kept_logmass: NDArray[np.float32] | None = None  # [L]
+    spans: tuple[tuple[int, int], ...] = ()
+    given: tuple[tuple[int, int], ...] = ()
+    reward: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.spans:
+            fits = self.version_first == self.version_last
+        else:
+            versions, ends = zip(*self.spans, strict=True)
+            fits = (versions[0], versions[-1]) == (self.version_first, self.version_last)
+            fits = fits and ends[-1] == len(self.response_ids)
+            fits = fits and all(a < b for a, b in itertools.pairwise((0, *ends)))
+            fits = fits and all(a < b for a, b in itertools.pairwise(versions))
+        borders = [border for stretch in self.given for border in stretch]
+        fits = fits and all(a <= b for a, b in itertools.pairwise((0, *borders)))
+        fits = fits and (not borders or borders[-1] <= len(self.response_ids))
+        if not fits:
+            raise ValueError(
+                f"rollout {self.sample_id}: spans {self.spans} and given {self.given} for versions "
+                f"{self.version_first} to {self.version_last} and {len(self.response_ids)} tokens"
+            )
+
+    @property
+    def token_versions(self) -> NDArray[np.int32]:
+        """[L] weight version that wrote each token; -1 where the environment did."""
+        spans = self.spans or ((self.version_first, len(self.response_ids)),)
+        versions = spread_versions(spans)
+        versions[~self.sampled] = -1
+        return versions
+
+    @property
+    def sampled(self) -> NDArray[np.bool_]:
+        """[L] False for tokens that the environment wrote."""
+        mask = np.ones(len(self.response_ids), np.bool_)
+        for begin, end in self.given:
+            mask[begin:end] = False
+        return mask
 
     @property
     def taught_prompt_ids(self) -> tuple[int, ...]:

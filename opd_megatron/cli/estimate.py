@@ -91,7 +91,7 @@ def _hardware(recipe: Recipe, said: str) -> str:
 def _lengths(recipe: Recipe, prompt: int, response: int) -> Lengths:
     most = recipe.data.max_prompt_tokens
     return Lengths(
-        prompt or min(most, DEFAULT_PROMPT_TOKENS), response or recipe.rollout.max_new_tokens
+        prompt or min(most, DEFAULT_PROMPT_TOKENS), response or recipe.max_response_tokens
     )
 
 

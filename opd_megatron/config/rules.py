@@ -81,7 +81,7 @@ def _required(recipe: Recipe) -> Iterator[str]:
 
 
 def _lengths(recipe: Recipe) -> Iterator[str]:
-    longest = recipe.data.max_prompt_tokens + recipe.rollout.max_new_tokens
+    longest = recipe.data.max_prompt_tokens + recipe.max_response_tokens
     servers: dict[str, ServerConfig] = {}
     if recipe.uses_servers:
         servers["rollout.server"] = recipe.rollout.server
@@ -102,17 +102,27 @@ def _lengths(recipe: Recipe) -> Iterator[str]:
         room = server.context_length - 1
         if longest > room:
             yield (
-                f"data.max_prompt_tokens={recipe.data.max_prompt_tokens} + rollout.max_new_tokens="
-                f"{recipe.rollout.max_new_tokens} exceeds {key}.context_length="
-                f"{server.context_length} - 1; lower rollout.max_new_tokens to "
-                f"{max(1, room - recipe.data.max_prompt_tokens)} or raise {key}.context_length"
+                f"data.max_prompt_tokens={recipe.data.max_prompt_tokens} + {_response_words(recipe)} exceeds "
+                f"{key}.context_length={server.context_length} - 1; lower rollout.max_new_tokens to "
+                f"{recipe.max_new_tokens_within(room)} or raise {key}.context_length"
             )
     if longest > recipe.batch.tokens_per_microbatch:
         yield (
             f"batch.tokens_per_microbatch={recipe.batch.tokens_per_microbatch}: the longest possible "
-            f"sample has {longest} tokens (data.max_prompt_tokens + rollout.max_new_tokens); raise it to "
+            f"sample has {longest} tokens (data.max_prompt_tokens + {_response_words(recipe)}); raise it to "
             f"at least {longest}"
         )
+
+
+def _response_words(recipe: Recipe) -> str:
+    """How `max_response_tokens` comes about."""
+    words = f"rollout.max_new_tokens={recipe.rollout.max_new_tokens}"
+    turns, between = recipe.environment.max_turns, recipe.environment.max_observation_tokens
+    if turns == 1:
+        return words
+    return (
+        f"{turns} times {words} and {turns - 1} times environment.max_observation_tokens={between}"
+    )
 
 
 def _learner(recipe: Recipe) -> Iterator[str]:
@@ -193,11 +203,6 @@ def _objective(recipe: Recipe) -> Iterator[str]:
             f"correction.low={correction.low}, correction.high={correction.high}: the window must "
             f"contain 1, the ratio of identical policies; e.g. [0.5, 2.0]"
         )
-    if recipe.max_staleness > 0:
-        yield (
-            f"max_staleness={recipe.max_staleness}: rollouts are strictly on-policy in this version; "
-            f"set max_staleness=0"
-        )
 
 
 def _sampling(recipe: Recipe) -> Iterator[str]:
@@ -219,6 +224,79 @@ def _sampling(recipe: Recipe) -> Iterator[str]:
             f"rollout.top_k={rollout.top_k}: a rollout server states what truncation (rollout.top_p={rollout.top_p}, "
             f"rollout.min_p={rollout.min_p}) kept only for a finite top_k of at most {MAX_KEPT_TOKENS}, and without it "
             f"the importance weight would be wrong; set e.g. rollout.top_k=1024, or switch truncation off"
+        )
+
+
+# Those that need the student's own top-K.
+_STUDENT_SUPPORTS = ("student_topk", "union", "intersection", "symmetric_difference")
+
+
+def _has_support(recipe: Recipe) -> bool:
+    return recipe.objective.estimator in ("support_matching", "topk_surrogate")
+
+
+def _environment(recipe: Recipe) -> Iterator[str]:
+    environment = recipe.environment
+    if environment.name == "none":
+        if environment.max_turns > 1:
+            yield (
+                f"environment.max_turns={environment.max_turns}: environment.name='none' answers nobody; set "
+                f"environment.name, or environment.max_turns=1"
+            )
+        return
+    if recipe.is_supervised:
+        yield (
+            f"environment.name={environment.name!r}: objective.estimator=cross_entropy trains on given responses; set "
+            f"environment.name=none"
+        )
+    support = recipe.objective.support
+    if recipe.served_teachers and support in _STUDENT_SUPPORTS and _has_support(recipe):
+        yield (
+            f"objective.support={support!r}: the student's own top-K comes with a rollout of one turn, not with a "
+            f"conversation (environment.name={environment.name!r}); take teacher_topk, or teachers in process"
+        )
+    for name, teacher in recipe.teachers.items():
+        if teacher.aliases:
+            yield (
+                f"teachers.{name}.aliases={teacher.aliases}: an alias stands for the end of a response, and a "
+                f"conversation (environment.name={environment.name!r}) has an end a turn; leave the aliases out"
+            )
+
+
+def _overlap(recipe: Recipe) -> Iterator[str]:
+    mode, staleness = recipe.overlap.mode, recipe.max_staleness
+    if mode == "sync" and staleness > 0:
+        yield (
+            f"max_staleness={staleness}: overlap.mode='sync' trains what its own weights wrote; set max_staleness=0, "
+            f"or overlap.mode to one_step_off or async"
+        )
+    if mode == "one_step_off" and staleness != 1:
+        yield (
+            f"max_staleness={staleness}: with overlap.mode='one_step_off' every sample but those of the first step is "
+            f"one version old; set max_staleness=1"
+        )
+    if mode == "async" and staleness == 0:
+        yield (
+            "max_staleness=0: overlap.mode='async' writes rollouts while older ones train, so they are at least one "
+            "version old; set max_staleness to 1 or more"
+        )
+    if mode != "async" and not recipe.overlap.partial_rollouts:
+        yield (
+            f"overlap.partial_rollouts=False: with overlap.mode={mode!r} no rollout is under way when weights change; "
+            f"leave it out or set overlap.mode=async"
+        )
+    if mode == "sync":
+        return
+    if recipe.is_supervised:
+        yield (
+            f"overlap.mode={mode!r}: objective.estimator=cross_entropy trains on given responses, there is nothing to "
+            f"write meanwhile; set overlap.mode=sync"
+        )
+    elif recipe.correction.kind == "none" and not recipe.objective.allow_biased:
+        yield (
+            f"correction.kind='none': with overlap.mode={mode!r} other weights than the trained ones wrote the "
+            f"samples, and without an importance weight the gradient is biased; set correction.kind=masked or "
+            f"truncated, or objective.allow_biased=true"
         )
 
 
@@ -268,6 +346,8 @@ def problems(recipe: Recipe) -> list[str]:
         _schedule,
         _objective,
         _sampling,
+        _overlap,
+        _environment,
         _supervised,
         _weight_sync,
     )

@@ -55,6 +55,7 @@ async def generate_group(
             num_control=num_control,
             topk_ids=generation.topk_ids,
             kept_logmass=generation.kept_logmass,
+            spans=generation.spans,
         )
         for sample_id, generation in zip(sample_ids, generations, strict=True)
     )

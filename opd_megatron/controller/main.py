@@ -62,6 +62,9 @@ def core_settings(recipe: Recipe) -> CoreSettings:
         max_bad_steps=recipe.optimizer.max_bad_steps,
         max_rejected_per_step=recipe.batch.prompts_per_step,
         publish_always=not recipe.is_supervised,
+        max_staleness=recipe.max_staleness,
+        ahead=recipe.batch.prompts_per_step if recipe.overlap.mode == "one_step_off" else None,
+        update_in_flight=recipe.updates_in_flight,
     )
 
 

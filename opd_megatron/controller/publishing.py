@@ -46,6 +46,8 @@ class Publisher:
 
     def __init__(self, recipe: Recipe, run: RunDir, roles: Roles, console: RunConsole) -> None:
         self.probes: list[tuple[int, ...]] = []
+        # Strictly on-policy nothing is under way that anybody still wants.
+        self._keep_requests = recipe.overlap.mode != "sync"
         self._tolerance_nats = recipe.weight_sync.verify_tolerance_nats
         self._route = make_route(recipe, run, roles)
         self._pool = roles.rollout
@@ -71,13 +73,20 @@ class Publisher:
             await self._route.end((), offer.version)
             return 0.0
         report = await self._pool.update(
-            offer.version, lambda clients: self._update(clients, offer)
+            offer.version,
+            lambda clients: self._update(clients, offer, keep_requests=self._keep_requests),
         )
         return report.max_delta
 
-    async def _update(self, clients: Clients, offer: Offer) -> SyncReport:
+    async def _update(
+        self, clients: Clients, offer: Offer, *, keep_requests: bool = False
+    ) -> SyncReport:
         report = await update_servers(
-            self._route, clients, offer, tolerance_nats=self._tolerance_nats
+            self._route,
+            clients,
+            offer,
+            tolerance_nats=self._tolerance_nats,
+            keep_requests=keep_requests,
         )
         if report.first_failure is not None:
             self._console.say(f"weights v{offer.version} were sent twice: {report.first_failure}")

@@ -58,31 +58,47 @@ class Records:
 
 def length_metrics(samples: Sequence[Sample]) -> dict[str, float]:
     """rollout/* of a step."""
-    lengths = [len(sample.rollout.response_ids) for sample in samples]
-    return {
+    lengths = [int(sample.rollout.sampled.sum()) for sample in samples]
+    metrics = {
         "rollout/len_mean": float(np.mean(lengths)),
         "rollout/truncated_frac": float(np.mean([s.rollout.truncated for s in samples])),
         "rollout/repetitive_frac": float(
             np.mean([is_repetitive(s.rollout.response_ids) for s in samples])
         ),
     }
+    rewards = [s.rollout.reward for s in samples if s.rollout.reward is not None]
+    if rewards:
+        metrics["rollout/turns_mean"] = float(np.mean([1 + len(s.rollout.given) for s in samples]))
+        metrics["rollout/environment_reward_mean"] = float(np.mean(rewards))
+    return metrics
 
 
 def age_metrics(samples: Sequence[Sample], version: int) -> dict[str, float]:
-    """offpolicy/age_* of a step."""
+    """offpolicy/*age_* of a step that trained `version`, and how many samples more than one version wrote."""
     ages = [version - sample.rollout.version_first for sample in samples]
+    versions = np.concatenate([sample.rollout.token_versions for sample in samples])
+    token_ages = version - versions[versions >= 0]
     return {
         "offpolicy/age_mean": float(np.mean(ages)),
         "offpolicy/age_max": float(max(ages)),
+        "offpolicy/token_age_mean": float(np.mean(token_ages)),
+        "offpolicy/mixed_frac": float(np.mean([bool(s.rollout.spans) for s in samples])),
     }
 
 
-def speed_metrics(samples: Sequence[Sample], perf: Mapping[str, float]) -> dict[str, float]:
-    """Tokens per second of the three model stages; absent where a stage took no time of its own."""
-    generated = sum(len(s.rollout.response_ids) for s in samples)
-    scored = generated + sum(len(s.rollout.prompt_ids) for s in samples)
+def speed_metrics(
+    samples: Sequence[Sample], perf: Mapping[str, float], busy: Mapping[str, float]
+) -> dict[str, float]:
+    """Tokens per second of the three model stages; absent where a stage took no time of its own.
+
+    Args:
+        perf: perf/* of the step.
+        busy: seconds in which each stage was at work.
+    """
+    generated = sum(int(s.rollout.sampled.sum()) for s in samples)
+    scored = sum(len(s.rollout.prompt_ids) + len(s.rollout.response_ids) for s in samples)
     pairs = {
-        "rollout/tokens_per_s": (generated, perf["perf/rollout_s"]),
+        "rollout/tokens_per_s": (generated, busy["rollout"]),
         "teacher/tokens_per_s": (scored, perf["perf/teacher_s"]),
         "perf/learner_tokens_per_s": (generated, perf["perf/learner_s"]),
     }

@@ -47,7 +47,7 @@ class SampleMaker:
         )
 
     def _trainable(self, rollout: Rollout, target: str) -> NDArray[np.bool_]:
-        masked = np.isin(rollout.response_ids, self._masked_ids)
+        masked = np.isin(rollout.response_ids, self._masked_ids) | ~rollout.sampled
         for teacher in Target.parse(target).members:
             aliases = self.aliases.get(teacher, TokenAliases())
             masked |= aliases.unscorable(rollout.response_ids, not rollout.truncated)
@@ -56,6 +56,8 @@ class SampleMaker:
     def _reward(self, prompt: Prompt, rollout: Rollout) -> float | None:
         if self._grader is None:
             return None
+        if rollout.reward is not None:
+            return rollout.reward
         if prompt.answer is None:
             raise ContractError(f"prompt {prompt.id}: no answer to grade the task with")
         text = self._tokenizer.decode_response(rollout.response_ids)

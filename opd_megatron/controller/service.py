@@ -20,6 +20,7 @@ from opd_megatron.controller import protocol, records
 from opd_megatron.controller.alarms import Alarms
 from opd_megatron.controller.committing import Committer
 from opd_megatron.controller.core import Core
+from opd_megatron.controller.episodes import generate_episodes
 from opd_megatron.controller.evaluation import Evaluator
 from opd_megatron.controller.generation import generate_group, sampling_of
 from opd_megatron.controller.given import given_rollout, given_scores
@@ -27,7 +28,7 @@ from opd_megatron.controller.publishing import Publisher
 from opd_megatron.controller.roles import Roles
 from opd_megatron.controller.samples import SampleMaker
 from opd_megatron.controller.stop import WATCH_NAME, refuse_if_fenced, watch_for_stop
-from opd_megatron.controller.stopwatch import Stopwatch
+from opd_megatron.controller.stopwatch import LEARNER_FIRST, STAGES, Stopwatch
 from opd_megatron.controller.teaching import Teaching, teaching_metrics
 from opd_megatron.data.chat import ChatTokenizer
 from opd_megatron.data.prompts import PromptSet
@@ -43,7 +44,7 @@ from opd_megatron.exchange.batch_file import write_batch
 from opd_megatron.observe.console import RunConsole
 from opd_megatron.observe.waiting import WaitNotice
 from opd_megatron.rundir import AttemptDir, RunDir
-from opd_megatron.types import Prompt, Sample, TeacherScores
+from opd_megatron.types import Prompt, Rollout, Sample, TeacherScores
 
 Work = Callable[[Any], Awaitable[protocol.Event]]
 _MEMORY_EVERY = 10  # steps; reading every process's memory map costs tens of milliseconds
@@ -78,10 +79,14 @@ class Service:
         self._tasks: set[asyncio.Task[None]] = set()
         self._sampling = sampling_of(context.recipe.rollout)
         self._alarms = Alarms(context.recipe.alarms, context.console.say)
-        self._watch: Stopwatch | None = None
+        self._overlaps = context.recipe.overlap.mode != "sync"
+        self._watch = Stopwatch(LEARNER_FIRST if self._overlaps else STAGES)
+        self._evaluating = False
         self._samples: tuple[Sample, ...] = ()
+        self._chosen_at: dict[int, int] = {}  # step, by position
         self._checkpoint_s = 0.0
         self._perf: dict[str, float] = {}
+        self._busy: dict[str, float] = {}
         self._latencies: list[float] = []
         recipe, train = context.recipe, context.train
         self._committer = Committer(
@@ -153,8 +158,9 @@ class Service:
             protocol.Save: ("learner (save)", self._save),
         }
         name, function = work[type(action)]
-        if isinstance(action, protocol.Generate) and self._watch is None:
-            self._watch = Stopwatch()
+        idle = self._watch.start is None and not self._evaluating
+        if isinstance(action, protocol.Generate) and idle:
+            self._watch.begin()
         task = asyncio.create_task(self._report(function, action), name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -169,10 +175,6 @@ class Service:
             event = error
         await self._events.put(event)
 
-    def _stopwatch(self) -> Stopwatch:
-        assert self._watch is not None, "a step is under way"
-        return self._watch
-
     # ------------------------------------------------------------ one group
 
     async def _generate(self, action: protocol.Generate) -> protocol.Event:
@@ -184,23 +186,33 @@ class Service:
             given = given_rollout(prompt, f"{prompt.id}@{epoch}#0", self.core.version)
             return protocol.Generated(position, attempt, (given,))
         teaching = self.context.teaching
+        # The teacher of a schedule is chosen when the student is asked, also where steps go by until it is scored.
+        self._chosen_at[position] = self.core.step
         asked, num_control = teaching.prompt_for(prompt, position, self.core.step)
         try:
-            with self._stopwatch().stage("rollout"):
-                rollouts = await generate_group(
-                    self.context.roles.rollout,
-                    asked,
-                    self._sampling,
-                    [f"{prompt.id}@{epoch}#{k}" for k in range(count)],
-                    attempt,
-                    teaching.wanted.student_topk,
-                    num_control,
-                )
+            with self._watch.stage("rollout"):
+                names = [f"{prompt.id}@{epoch}#{k}" for k in range(count)]
+                rollouts = await self._rollouts(asked, names, attempt, num_control)
         except RequestRefused as error:
             return protocol.PromptFailed(position, attempt, "refused", str(error))
         except ContractError as error:
             return protocol.PromptFailed(position, attempt, "contract", str(error))
         return protocol.Generated(position, attempt, rollouts)
+
+    async def _rollouts(
+        self, prompt: Prompt, names: list[str], attempt: int, num_control: int
+    ) -> tuple[Rollout, ...]:
+        """One rollout a name: one response, or a conversation with the recipe's environment."""
+        servers, environment = self.context.roles.rollout, self.context.recipe.environment
+        if environment.name == "none":
+            topk = self.context.teaching.wanted.student_topk
+            return await generate_group(
+                servers, prompt, self._sampling, names, attempt, topk, num_control
+            )
+        tokenizer = self.context.tokenizer
+        return await generate_episodes(
+            servers, prompt, self._sampling, names, attempt, tokenizer, environment, num_control
+        )
 
     async def _score(self, action: protocol.Score) -> protocol.Event:
         position, attempt, rollouts = action.position, action.attempt, action.rollouts
@@ -209,11 +221,11 @@ class Service:
             samples = self.context.sample_maker.make(self._prompt(position), rollouts, scores)
             return protocol.Scored(position, attempt, samples)
         teaching = self.context.teaching
-        target = teaching.target(self._prompt(position), position, self.core.step)
+        target = teaching.target(self._prompt(position), position, self._chosen_at[position])
         if teaching.is_inside(target):
             return await self._samples_of(action, teaching.unscored(target, rollouts))
         try:
-            with self._stopwatch().stage("teacher"):
+            with self._watch.stage("teacher"):
                 scores = await teaching.score(target, rollouts)
         except RequestRefused as error:
             return protocol.PromptFailed(position, attempt, "refused", str(error))
@@ -235,40 +247,42 @@ class Service:
         batch = self.context.attempt.batches / f"step_{action.step:06d}.safetensors"
         write_batch(batch, action.step, action.version, action.samples)
         # Every request is answered by now; what a teacher inside the learner takes is no latency.
-        self._latencies = sorted(self._stopwatch().durations("teacher"))
+        self._latencies = sorted(self._watch.durations("teacher"))
         answer = await self.context.roles.learner.ask(
             "train",
             batch=str(batch),
             out=str(diagnostics_path(batch)),
-            max_staleness=self.context.recipe.max_staleness,
         )
         end = time.monotonic()
         timings = answer["timings"]
         worked = timings["forward_backward_s"] + timings["optimizer_s"]
-        self._stopwatch().add("learner", end - worked, end)
+        self._watch.add("learner", end - worked, end)
         if "teacher_s" in timings:
-            self._stopwatch().add("teacher", end - worked - timings["teacher_s"], end - worked)
+            self._watch.add("teacher", end - worked - timings["teacher_s"], end - worked)
         self._samples = action.samples
+        for position in action.positions:
+            self._chosen_at.pop(position, None)
         if not answer["applied"]:
             kept = keep_refused(batch)
             self.context.console.say(
                 f"step {action.step} not applied: {answer['why_not_applied']}; its batch is kept at {kept}"
             )
-            self._watch = None
+            if not self._overlaps:
+                self._watch.start = None
         return protocol.Trained(
             action.step, answer["applied"], answer["why_not_applied"], answer["metrics"]
         )
 
     async def _sync(self, action: protocol.SyncWeights) -> protocol.Event:
-        watch = self._stopwatch()
-        with watch.stage("publish"):
+        with self._watch.stage("publish"):
             published = await self.context.publisher.publish(action.version)
-        with watch.stage("sync"):
+        with self._watch.stage("sync"):
             await self.context.publisher.push(published)
         return protocol.Synced(action.version)
 
     async def _evaluate(self, action: protocol.Evaluate) -> protocol.Event:
         self._end_step()
+        self._evaluating = True
         if self.context.evaluator is None:
             return protocol.Evaluated(action.step)
         begin = time.monotonic()
@@ -280,24 +294,28 @@ class Service:
         refuse_if_fenced(self.context.attempt)
         await self._committer.make(action.step, action.state)
         self._checkpoint_s = time.monotonic() - begin
+        if self._overlaps:  # Rollouts went on meanwhile, but a step takes no longer for a commit.
+            self._watch.begin()
         return protocol.Saved(action.step)
 
     # ------------------------------------------------------------ what is written
 
     def _end_step(self) -> None:
         """Stop the step's clock; evaluation and records are not part of the step."""
-        if self._watch is not None:
-            self._perf = self._watch.metrics()
-            self._watch = None
+        if self._watch.start is not None:
+            self._perf, self._busy = self._watch.end()
 
     def _record(self, action: protocol.RecordStep) -> None:
         context, step = self.context, action.step
         self._end_step()
+        self._evaluating = False
+        if self._overlaps and step > 0:  # The rollouts of the next step are under way.
+            self._watch.begin()
         metrics = dict(action.metrics)
         trained = [(position, self._prompt(position)) for position in action.positions]
         if trained:
             metrics |= self._perf | records.length_metrics(self._samples)
-            metrics |= records.speed_metrics(self._samples, self._perf)
+            metrics |= records.speed_metrics(self._samples, self._perf, self._busy)
             if not context.recipe.is_supervised:
                 metrics |= records.age_metrics(self._samples, step - 1)
                 metrics |= teaching_metrics(self._samples, context.recipe.teachers)

@@ -100,6 +100,24 @@ class ChatTokenizer:
         """
         return self._encode(text)
 
+    def encode_observation(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
+        """Ids of the messages that answer the assistant, from its end token (without it) to its next turn.
+
+        Raises:
+            ValueError: as `encode_messages`; or the template writes no end token behind the assistant's turn.
+        """
+        # What stands before them does not matter, but templates want a conversation to begin with the user.
+        before = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
+        ids = self._encode(self._render([*before, *messages], is_answered=False))
+        opening = self._encode(self._render(before[:1], is_answered=False))
+        rest = ids[len(opening) :]
+        end = next((i for i, token in enumerate(rest) if token in self.eos_ids), None)
+        if end is None or ids[: len(opening)] != opening:
+            raise ValueError(
+                "the chat template does not end an assistant's message with an end token of the model"
+            )
+        return rest[end + 1 :]
+
     def _render(self, messages: Sequence[dict[str, str]], *, is_answered: bool) -> str:
         """The conversation as text; unanswered, up to the start of the assistant's turn."""
         for message in messages:

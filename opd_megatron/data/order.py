@@ -48,18 +48,21 @@ class PromptOrder:
         self._seed = seed
         self._size = size
         self._shuffle = shuffle
-        self._cached_epoch = -1
-        self._cached_order: list[int] = []
+        self._orders: dict[int, list[int]] = {}
 
     def index_at(self, position: int) -> tuple[int, int]:
-        """`(epoch, index into the prompt set)` of `position >= 0`. One epoch is kept in memory."""
+        """`(epoch, index into the prompt set)` of `position >= 0`.
+
+        Two epochs are kept in memory: prompts of both may be under way.
+        """
         epoch, offset = divmod(position, self._size)
         if not self._shuffle:
             return epoch, offset
-        if epoch != self._cached_epoch:
-            self._cached_order = permutation(self._content_hash, self._seed, epoch, self._size)
-            self._cached_epoch = epoch
-        return epoch, self._cached_order[offset]
+        if epoch not in self._orders:
+            newest = dict(list(self._orders.items())[-1:])
+            order = permutation(self._content_hash, self._seed, epoch, self._size)
+            self._orders = {**newest, epoch: order}
+        return epoch, self._orders[epoch][offset]
 
 
 class AlternatingOrder:

@@ -237,6 +237,7 @@ def _as_rollout(rid: str, prompt: Prompt, generation: Generation) -> Rollout:
         version_first=generation.version_first,
         version_last=generation.version_last,
         server=generation.server,
+        spans=generation.spans,
     )
 
 

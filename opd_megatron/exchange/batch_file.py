@@ -10,7 +10,7 @@
     groups   [N] int32                samples of one prompt share a number
     rewards  [N] float32              only with a task term
     topk_ids [sum L, K] int32, topk_logprobs [sum L, K] float32    only when the objective needs a support
-    versions        [N, 2] int64      weight version of the first and the last token
+    token_versions [sum L] int32      weight version that wrote each response token, -1 where no weights did
 
 Scores of a teacher inside the learner are not there yet: NaN, and id -1 in a top-K (`teacher/in_process.py`).
 Metadata: `step`, `weight_version`, `sample_ids` (JSON), `teachers` (JSON), `format`.
@@ -33,7 +33,7 @@ from opd_megatron.atomic import write_bytes
 from opd_megatron.errors import ContractError
 from opd_megatron.types import Sample
 
-FORMAT = "opd-step-batch-2"
+FORMAT = "opd-step-batch-3"
 
 _SLICED_DTYPES: dict[str, type] = {
     "tokens": np.int32,
@@ -59,7 +59,6 @@ class BatchSlice:
     teacher_logprobs: tuple[NDArray[np.float32], ...]  # each [L]
     topk_ids: tuple[NDArray[np.int32], ...] | None  # each [L, K]
     topk_logprobs: tuple[NDArray[np.float32], ...] | None
-    versions: NDArray[np.int64]  # [n, 2]
     num_topk: int = 0  # K, also for a slice without samples; 0 when the batch has no top-K
 
 
@@ -73,7 +72,7 @@ class BatchIndex:
     sample_offsets: NDArray[np.int64]  # [N + 1]
     prompt_lengths: NDArray[np.int64]  # [N]
     response_offsets: NDArray[np.int64]  # [N + 1]
-    versions: NDArray[np.int64]  # [N, 2]
+    token_versions: NDArray[np.int32]  # [sum L]
     teachers: tuple[str, ...]
 
     @property
@@ -92,6 +91,7 @@ class WholeBatch:
     behavior_logprobs: NDArray[np.float32]
     teacher_logprobs: NDArray[np.float32]
     trainable: NDArray[np.uint8]
+    token_versions: NDArray[np.int32]
     groups: NDArray[np.int32]  # [N]
     rewards: NDArray[np.float32] | None  # [N]
     topk_logprobs: NDArray[np.float32] | None  # [sum L, K]
@@ -159,9 +159,7 @@ def write_batch(path: Path, step: int, weight_version: int, samples: Sequence[Sa
         "groups": np.asarray(
             [numbers.setdefault(s.group, len(numbers)) for s in samples], dtype=np.int32
         ),
-        "versions": np.asarray(
-            [[s.rollout.version_first, s.rollout.version_last] for s in samples], dtype=np.int64
-        ).reshape(-1, 2),
+        "token_versions": flat([s.rollout.token_versions for s in samples], np.int32),
     }
     if samples and all(with_kept):
         arrays["kept_logmass"] = flat([s.rollout.kept_logmass for s in samples], np.float32)  # type: ignore[misc]
@@ -202,7 +200,7 @@ def read_index(path: Path) -> BatchIndex:
             sample_offsets=file.get_tensor("sample_offsets"),
             prompt_lengths=file.get_tensor("prompt_lengths").astype(np.int64),
             response_offsets=file.get_tensor("response_offsets"),
-            versions=file.get_tensor("versions"),
+            token_versions=file.get_tensor("token_versions"),
             teachers=tuple(json.loads(metadata["teachers"])),
         )
 
@@ -224,6 +222,7 @@ def read_whole(path: Path, *, with_topk: bool = False) -> WholeBatch:
             behavior_logprobs=file.get_tensor("behavior_logprobs"),
             teacher_logprobs=file.get_tensor("teacher_logprobs"),
             trainable=file.get_tensor("trainable"),
+            token_versions=file.get_tensor("token_versions"),
             groups=file.get_tensor("groups"),
             rewards=file.get_tensor("rewards") if "rewards" in keys else None,
             topk_logprobs=file.get_tensor("topk_logprobs")
@@ -244,7 +243,6 @@ def read_batch(path: Path, indices: Sequence[int] | None = None) -> BatchSlice:
         sample_offsets = file.get_tensor("sample_offsets")
         response_offsets = file.get_tensor("response_offsets")
         prompt_lengths = file.get_tensor("prompt_lengths")
-        versions = file.get_tensor("versions")
         sample_ids = json.loads(metadata["sample_ids"])
         chosen = tuple(range(len(sample_ids)) if indices is None else indices)
         keys = set(file.keys())
@@ -270,6 +268,5 @@ def read_batch(path: Path, indices: Sequence[int] | None = None) -> BatchSlice:
             topk_logprobs=cut("topk_logprobs", response_offsets)
             if "topk_logprobs" in keys
             else None,
-            versions=versions[list(chosen)].reshape(-1, 2),
             num_topk=file.get_slice("topk_ids").get_shape()[1] if "topk_ids" in keys else 0,
         )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from opd_megatron.config.schema import Recipe, TeacherConfig
 from opd_megatron.data.rows import RowScan
+from opd_megatron.environments.environment import make_environment
 from opd_megatron.errors import ConfigError, DataError
 from opd_megatron.eval.grading import make_grader
 from opd_megatron.losses.catalog import Objective
@@ -75,6 +76,24 @@ def check_aliases(recipe: Recipe) -> None:
     """
     for name, teacher in recipe.teachers.items():
         resolve_aliases(teacher.aliases, Path(recipe.student.path), name)
+
+
+def check_environment(recipe: Recipe, train: RowScan) -> None:
+    """
+    Raises:
+        ConfigError: no such grader.
+        DataError: a training prompt without an answer, which the environment grades.
+    """
+    if recipe.environment.name == "none":
+        return
+    make_environment(recipe.environment)
+    for row in train.rows:
+        if row.answer is None:
+            raise DataError(
+                f"data.train={str(train.path)!r}: {row.source} has no {recipe.data.answer_key!r}, and "
+                f"environment.name={recipe.environment.name} grades every turn; add it, set data.answer_key, or set "
+                f"environment.name=none"
+            )
 
 
 def check_task(recipe: Recipe, train: RowScan) -> None:

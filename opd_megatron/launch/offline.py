@@ -92,14 +92,16 @@ def check_offline(recipe: Recipe) -> list[str]:
 
 
 def _check_context(model: ModelFacts, key: str, recipe: Recipe) -> None:
-    longest = recipe.data.max_prompt_tokens + recipe.rollout.max_new_tokens
+    longest = recipe.data.max_prompt_tokens + recipe.max_response_tokens
     if 0 < model.context < longest:
         raise ConfigError.of(
             key,
             model.name,
             f"its context of {model.context} tokens is shorter than data.max_prompt_tokens="
-            f"{recipe.data.max_prompt_tokens} + rollout.max_new_tokens={recipe.rollout.max_new_tokens}",
-            f"lower rollout.max_new_tokens to {max(1, model.context - recipe.data.max_prompt_tokens)}",
+            f"{recipe.data.max_prompt_tokens} + {recipe.max_response_tokens} tokens of a response "
+            f"(rollout.max_new_tokens={recipe.rollout.max_new_tokens}, environment.max_turns="
+            f"{recipe.environment.max_turns})",
+            f"lower rollout.max_new_tokens to {recipe.max_new_tokens_within(model.context)}",
         )
 
 

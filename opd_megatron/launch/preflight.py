@@ -20,7 +20,7 @@ from opd_megatron.eval.grading import make_grader
 from opd_megatron.launch.contracts import check_not_student, check_thinking, check_vocabulary_uses
 from opd_megatron.launch.doctor import package_folder, torch_cuda
 from opd_megatron.launch.gpus import check_precision, parse_cuda, visible_gpus
-from opd_megatron.launch.loss_checks import check_aliases, check_loss, check_task
+from opd_megatron.launch.loss_checks import check_aliases, check_environment, check_loss, check_task
 from opd_megatron.launch.teaching_checks import check_teaching
 from opd_megatron.megatron.architecture import architecture_of, check_layout, check_teacher
 from opd_megatron.megatron.precision import fp8_settings
@@ -76,15 +76,17 @@ def read_model_config(directory: Path, key: str) -> dict[str, Any]:
 
 
 def _check_context(config: dict[str, Any], key: str, recipe: Recipe) -> None:
-    longest = recipe.data.max_prompt_tokens + recipe.rollout.max_new_tokens
+    longest = recipe.data.max_prompt_tokens + recipe.max_response_tokens
     context = config.get("max_position_embeddings")
     if isinstance(context, int) and longest > context:
         raise ConfigError.of(
             key,
             config.get("_name_or_path", key),
             f"its context of {context} tokens is shorter than data.max_prompt_tokens="
-            f"{recipe.data.max_prompt_tokens} + rollout.max_new_tokens={recipe.rollout.max_new_tokens}",
-            f"lower rollout.max_new_tokens to {max(1, context - recipe.data.max_prompt_tokens)}",
+            f"{recipe.data.max_prompt_tokens} + {recipe.max_response_tokens} tokens of a response "
+            f"(rollout.max_new_tokens={recipe.rollout.max_new_tokens}, environment.max_turns="
+            f"{recipe.environment.max_turns})",
+            f"lower rollout.max_new_tokens to {recipe.max_new_tokens_within(context)}",
         )
 
 
@@ -167,6 +169,7 @@ def check_inputs(recipe: Recipe) -> InputFacts:
         Path(recipe.data.train), recipe.data, recipe.teachers, with_response=recipe.is_supervised
     )
     check_task(recipe, train)
+    check_environment(recipe, train)
     fingerprint = tokenizer_fingerprint(student)
     check_teaching(recipe, train, fingerprint.vocab_size)
     heldout = None

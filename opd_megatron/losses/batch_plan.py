@@ -37,7 +37,8 @@ class BatchArrays:
     """What is recorded about a whole step batch.
 
     behavior_logprobs_N, teacher_logprobs_N: [N] float32, of the sampled tokens.
-    trainable_N: [N] bool, False for tokens that are masked for what they are (special tokens).
+    trainable_N: [N] bool, False for tokens that are masked for what they are (special tokens, an environment's).
+    sampled_N: [N] bool, False for tokens that no policy drew (an environment's); None: all were drawn.
     response_ids_N: [N] int64, the response of every token; tokens of a response are adjacent.
     groups_B: [B] int64, the prompt of every response.
     rewards_B: [B] float32, or None without a task.
@@ -55,6 +56,7 @@ class BatchArrays:
     teacher_entropy_N: torch.Tensor | None = None
     teacher_entropy_exact: bool = False
     kept_logmass_N: torch.Tensor | None = None
+    sampled_N: torch.Tensor | None = None
 
     @property
     def num_responses(self) -> int:
@@ -155,8 +157,11 @@ def _mask(
     settings: LossSettings, arrays: BatchArrays, scores: StudentScores | None
 ) -> tuple[torch.Tensor, dict[str, float]]:
     trainable_N = arrays.trainable_N.bool()
-    total = max(1, len(trainable_N))
-    metrics = {"train/special_masked_frac": 1.0 - int(trainable_N.sum()) / total}
+    total = len(trainable_N)
+    if arrays.sampled_N is not None:
+        trainable_N = trainable_N & arrays.sampled_N
+        total = int(arrays.sampled_N.sum())
+    metrics = {"train/special_masked_frac": 1.0 - int(trainable_N.sum()) / max(1, total)}
     config = settings.filter
     if config.score == "none":
         return trainable_N, metrics
@@ -184,8 +189,11 @@ def _weights(
     log_ratio_N = scores.logprobs_N - arrays.behavior_logprobs_N
     level = settings.correction.level
     if level != "token":
-        # Over every token of the response, trained on or not: it was drawn with all of them.
-        responses = Sequences(arrays.response_ids_N, arrays.num_responses)
+        # Over every token that the policy drew, trained on or not: the response was drawn with all of them.
+        drawn_N = arrays.response_ids_N
+        if arrays.sampled_N is not None:
+            drawn_N = torch.where(arrays.sampled_N, drawn_N, -torch.ones_like(drawn_N))
+        responses = Sequences(drawn_N, arrays.num_responses)
         log_ratio_N = sequence_log_ratios(
             log_ratio_N.double(), responses, per_token=level == "geometric_mean"
         ).to(log_ratio_N.dtype)

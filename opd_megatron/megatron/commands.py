@@ -33,6 +33,7 @@ from opd_megatron.exchange.batch_file import (
     read_index,
     read_whole,
 )
+from opd_megatron.exchange.staleness import check_staleness
 from opd_megatron.losses.settings import LossSettings
 from opd_megatron.megatron import checkpoint
 from opd_megatron.megatron.broadcast import (
@@ -45,7 +46,7 @@ from opd_megatron.megatron.broadcast import (
 from opd_megatron.megatron.compare import compare
 from opd_megatron.megatron.publish import publish
 from opd_megatron.megatron.state import LearnerState
-from opd_megatron.megatron.step import check_staleness, score, train
+from opd_megatron.megatron.step import score, train
 
 Command = dict[str, Any]
 Result = dict[str, Any]
@@ -89,7 +90,7 @@ def compare_batch(state: LearnerState, command: Command) -> Result:
 def train_batch(state: LearnerState, command: Command) -> Result:
     batch = Path(command["batch"])
     index = read_index(batch)
-    check_staleness(index, command["max_staleness"])
+    check_staleness(index, state.optimizer_step, state.recipe.max_staleness)
     with_topk = LossSettings.of(state.recipe).teacher_topk > 0
     result = train(state, index, _reader(batch), read_whole(batch, with_topk=with_topk))
     _write_values(Path(command["out"]), result.values)
@@ -108,7 +109,6 @@ def _probe_batch(probe_tokens: list[list[int]]) -> tuple[BatchIndex, BatchSlice]
     responses = [len(ids) - 1 for ids in tokens]
     zeros = tuple(np.zeros(n, dtype=np.float32) for n in responses)
     ids = tuple(f"probe-{i}" for i in range(len(tokens)))
-    versions = np.zeros((len(tokens), 2), dtype=np.int64)
     index = BatchIndex(
         step=0,
         weight_version=0,
@@ -116,7 +116,7 @@ def _probe_batch(probe_tokens: list[list[int]]) -> tuple[BatchIndex, BatchSlice]
         sample_offsets=np.cumsum([0, *(len(t) for t in tokens)], dtype=np.int64),
         prompt_lengths=np.ones(len(tokens), dtype=np.int64),
         response_offsets=np.cumsum([0, *responses], dtype=np.int64),
-        versions=versions,
+        token_versions=np.zeros(sum(responses), dtype=np.int32),
         teachers=("",) * len(tokens),
     )
     batch = BatchSlice(
@@ -131,7 +131,6 @@ def _probe_batch(probe_tokens: list[list[int]]) -> tuple[BatchIndex, BatchSlice]
         teacher_logprobs=zeros,
         topk_ids=None,
         topk_logprobs=None,
-        versions=versions,
     )
     return index, batch
 

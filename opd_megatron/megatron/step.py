@@ -24,7 +24,6 @@ import torch
 import torch.distributed as dist
 
 from opd_megatron.data.packing import MicroBatch
-from opd_megatron.errors import ContractError
 from opd_megatron.exchange.batch_file import BatchIndex, BatchSlice, WholeBatch
 from opd_megatron.losses.batch_metrics import step_metrics
 from opd_megatron.losses.batch_plan import BatchArrays, StudentScores, TokenPlan, make_plan
@@ -57,24 +56,6 @@ class StepResult:
     values: Values
 
 
-def check_staleness(index: BatchIndex, max_staleness: int) -> None:
-    """Refuse samples that are too old, whatever the scheduler thought.
-
-    Raises:
-        ContractError: naming the oldest sample.
-    """
-    if not index.sample_ids:
-        return
-    ages = index.weight_version - index.versions[:, 0]
-    oldest = int(ages.argmax())
-    if ages[oldest] > max_staleness or index.versions.max() > index.weight_version:
-        first, last = (int(v) for v in index.versions[oldest])
-        raise ContractError(
-            f"sample {index.sample_ids[oldest]}: made by weight versions {first}..{last}, the "
-            f"batch is for version {index.weight_version} with max_staleness {max_staleness}"
-        )
-
-
 def batch_arrays(whole: WholeBatch) -> BatchArrays:
     """The recorded arrays as tensors on the CPU."""
     lengths = np.diff(whole.response_offsets)
@@ -83,6 +64,7 @@ def batch_arrays(whole: WholeBatch) -> BatchArrays:
         behavior_logprobs_N=torch.from_numpy(whole.behavior_logprobs),
         teacher_logprobs_N=torch.from_numpy(whole.teacher_logprobs),
         trainable_N=torch.from_numpy(whole.trainable).bool(),
+        sampled_N=torch.from_numpy(whole.token_versions >= 0),
         response_ids_N=torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)),
         groups_B=torch.from_numpy(whole.groups).long(),
         rewards_B=None if whole.rewards is None else torch.from_numpy(whole.rewards),

@@ -48,6 +48,7 @@ def step_line(row: Mapping[str, Any], total_steps: int, eta_s: float | None) -> 
         f"step {row['step']:>{width}}/{total_steps}",
         f"loss {_number(row, 'train/loss', '.3f')}",
         f"kl {_number(row, 'train/kl_reverse', '.3f')}",
+        *([f"age {row['offpolicy/age_mean']:.1f}"] if row.get("offpolicy/age_max") else []),
         f"keep {keep}",
         f"len {length}",
         f"tok/s {speed}",

@@ -133,6 +133,12 @@ METRICS: tuple[Metric, ...] = (
            "is strictly on-policy."),
     Metric("offpolicy/age_max", "versions", _MAX, _CONTROLLER,
            "The oldest sample of the step, in weight versions."),
+    Metric("offpolicy/token_age_mean", "versions", _MEAN, _CONTROLLER,
+           "The same age, of each token by the version that wrote it; a sample counts as old as its "
+           "oldest token."),
+    Metric("offpolicy/mixed_frac", "fraction", _MEAN, _CONTROLLER,
+           "Share of samples that more than one version wrote, because the weights changed while they "
+           "were under way (overlap.mode=async)."),
     Metric("offpolicy/logprob_diff_mean", "nats", _MEAN, _LEARNER,
            "Mean |log-prob by the learner - log-prob by the rollout server| of the sampled "
            "tokens."),
@@ -158,8 +164,14 @@ METRICS: tuple[Metric, ...] = (
            "Share of responses cut at the token limit instead of ended by the student."),
     Metric("rollout/repetitive_frac", "fraction", _MEAN, _CONTROLLER,
            "Share of responses that end in one block of at most 32 tokens, eight times or more in a row."),
+    Metric("rollout/turns_mean", "turns", _MEAN, _ROLLOUT,
+           "Mean number of the student's turns in a conversation (environment.name only)."),
+    Metric("rollout/environment_reward_mean", "1", _MEAN, _ROLLOUT,
+           "Mean reward that the environment gave (environment.name only); it trains nothing unless "
+           "task.coefficient is above 0."),
     Metric("rollout/tokens_per_s", "tokens/s", _MEAN, _ROLLOUT,
-           "Response tokens generated per second of perf/rollout_s, all servers together."),
+           "Response tokens of the step per second in which a rollout was under way, all servers "
+           "together."),
     # What the teachers answer.
     Metric("teacher/latency_p95_s", "s", _MAX, _TEACHER,
            "95th percentile of the time from request to scores, one request per sequence; absent "
@@ -177,15 +189,17 @@ METRICS: tuple[Metric, ...] = (
            "geometric mean is known within bounds."),
     Metric("teacher/error_frac", "fraction", _MEAN, _TEACHER,
            "Share of scoring requests that failed and were sent again."),
-    # Where the time goes. The stages add up to perf/step_s.
+    # Where the time goes. The stages add up to perf/step_s. With overlap.mode other than sync the learner's come first.
     Metric("perf/step_s", "s", _SUM, _CONTROLLER,
-           "Wall time of the step, from the first request until the servers hold the new weights; "
-           "evaluation is not part of it."),
+           "Wall time of the step, from the first request (overlap.mode other than sync: from the end of "
+           "the step before) until the servers hold the new weights; evaluation is not part of it."),
     Metric("perf/rollout_s", "s", _SUM, _CONTROLLER,
-           "Time until the last response was there."),
+           "Time until the last response was there; with overlap.mode other than sync, what the "
+           "learner waited for responses alone."),
     Metric("perf/teacher_s", "s", _SUM, _CONTROLLER,
-           "Time from the last response until the last teacher score was there; a teacher inside "
-           "the learner scores within the step, which counts here."),
+           "Time from the last response until the last teacher score was there (overlap.mode other "
+           "than sync: what the learner waited for scores); a teacher inside the learner scores within "
+           "the step, which counts here."),
     Metric("perf/learner_s", "s", _SUM, _LEARNER,
            "Forward, backward and optimizer, as measured by the learner."),
     Metric("perf/publish_s", "s", _SUM, _CONTROLLER,

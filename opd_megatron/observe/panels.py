@@ -211,8 +211,10 @@ _ON_POLICY = Section(
             (
                 Curve("offpolicy/age_max", "oldest", GREY),
                 Curve("offpolicy/age_mean", "mean"),
+                Curve("offpolicy/token_age_mean", "mean of tokens", ORANGE),
             ),
-            "Good: 0 for a strictly on-policy run; never above max_staleness.",
+            "Good: 0 for a strictly on-policy run; never above max_staleness. Read it with the masked "
+            "fraction and the KL: weights that differ too much mask what they would have to correct.",
             low=0.0,
             span=1.0,
         ),

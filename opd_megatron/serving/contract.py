@@ -22,6 +22,7 @@ latencies, anything not named above.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +44,7 @@ from opd_megatron.serving.fields import (
 from opd_megatron.serving.kept_mass import parse_kept
 from opd_megatron.serving.listed import parse_listed
 from opd_megatron.serving.topk import MAX_LOGPROB, MIN_LOGPROB, parse_topk
+from opd_megatron.types import spread_versions
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,13 @@ class Generation:
     kept_logmass: NDArray[np.float32] | None = (
         None  # [L], see kept_mass.py; None when not asked for
     )
+    # Where more than one version wrote it: (version, end) of each stretch of tokens.
+    spans: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def token_versions(self) -> NDArray[np.int32]:
+        """[L] weight version that wrote each token."""
+        return spread_versions(self.spans or ((self.version_first, len(self.token_ids)),))
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,14 +207,15 @@ def parse_generation(
             broken("output_ids", ids, f"finish_reason is length, so there must be {max_new_tokens}")
     else:
         check_equal("meta_info.finish_reason.matched", reason.get("matched"), ids[-1])
-    first, last = _version_span(meta.get("weight_versions"), len(ids))
+    spans = _version_spans(meta.get("weight_versions"), len(ids))
+    made_by = (reason["type"], spans[0][0], spans[-1][0], server)
+    several = spans if len(spans) > 1 else ()
     topk_ids = kept = None
     if topk:
         topk_ids, _ = parse_topk(meta, topk, vocab_size, np.asarray(ids), logprobs, "output")
     if kept_at_most is not None:
         kept = parse_kept(meta, ids, logprobs, vocab_size, kept_at_most)
-    made_by = (reason["type"], first, last, server)
-    return Generation(rid, tuple(ids), logprobs, *made_by, topk_ids, kept)
+    return Generation(rid, tuple(ids), logprobs, *made_by, topk_ids, kept, several)
 
 
 def parse_score(
@@ -280,8 +290,8 @@ def _logprobs(field: str, rows: Sequence[Sequence[Any]], ids: Sequence[int]) -> 
     return np.asarray([row[0] for row in rows], dtype=np.float32)
 
 
-def _version_span(spans: Any, length: int) -> tuple[int, int]:
-    """First and last version of `length` tokens; the spans must tile them in order."""
+def _version_spans(spans: Any, length: int) -> tuple[tuple[int, int], ...]:
+    """(version, end) of each stretch of `length` tokens; they must tile them in order, by ever newer versions."""
     field = "meta_info.weight_versions"
     if not isinstance(spans, list) or not spans:
         broken(field, spans, "must be a non-empty list of spans")
@@ -295,4 +305,6 @@ def _version_span(spans: Any, length: int) -> tuple[int, int]:
     if position != length:
         broken(field, spans, f"spans must tile {length} tokens")
     versions = [parse_version(f"{field}.version", span.get("version")) for span in spans]
-    return versions[0], versions[-1]
+    if any(newer <= older for older, newer in itertools.pairwise(versions)):
+        broken(field, spans, "every span must be of a newer version than the one before")
+    return tuple((version, span["end"]) for version, span in zip(versions, spans, strict=True))

@@ -114,6 +114,7 @@ class ServerPool:
             held = member.version
             more = (topk,) if topk else ()
             answers = await member.client.generate(prompts, sampling, names, *more)
+            await self._update_is_over(member, answers)
             for answer in answers:
                 _check_version(member, held, answer.version_first, answer.version_last)
             return answers
@@ -176,6 +177,15 @@ class ServerPool:
             finally:
                 member.load -= size
 
+    async def _update_is_over(self, member: Member, answers: Sequence[Generation]) -> None:
+        """Wait until it is proven that a server holds the weights that its answers claim to be of.
+
+        Where weights change while requests are under way, an answer may end between the change and its proof.
+        """
+        if any(answer.version_last != member.version for answer in answers):
+            async with self._updating:
+                pass
+
     async def _in_service(self, prefix: Sequence[int], avoid: Sequence[Member]) -> Member:
         """A server for a request; waits for one to come back when there is none."""
         deadline = time.monotonic() + self._return_timeout_s
@@ -236,8 +246,10 @@ class ServerPool:
                         if not await self._take_out_dead(members):
                             raise
                     else:
-                        for client in clients:
-                            self.admit(client, version)
+                        # One that failed a request meanwhile comes back in its own time.
+                        for member in members:
+                            if member.state is State.STALE:
+                                self.admit(member.client, version)
                         return result
             # Nobody may be left; a server that comes back is brought to an older version first.
             if all(member.state is State.OUT for member in self._members.values()):
@@ -309,8 +321,9 @@ class _OtherVersion(ContractError):
 
 
 def _check_version(member: Member, held_before: int | None, *seen: int) -> None:
-    """An answer is of the version held when it was asked for or, after an update meanwhile, of the present one."""
-    if not set(seen) <= {held_before, member.version}:
+    """An answer is of the version held when it was asked for, or of a newer one up to the present."""
+    oldest, newest = held_before, member.version
+    if oldest is None or newest is None or not all(oldest <= v <= newest for v in seen):
         raise _OtherVersion(
             f"{member.name}: answered with weights of version {sorted(set(seen))}, "
             f"but was proven to hold {member.version}"

@@ -1,6 +1,6 @@
 """What a weight update asks of one SGLang server; all of it under the admin key.
 
-    pause, resume        end the requests in flight and hold new ones back; let them go on
+    pause, resume        end the requests in flight, or keep them, and hold new ones back; let them go on
     set_label            the version that answers carry
     load_directory       weights, label and a flushed cache in one request
     join_group .. leave_group, open_session, receive, close_session, flush
@@ -57,9 +57,14 @@ class WeightAdmin:
         self._http = http
         self._key = admin_key
 
-    async def pause(self, timeout_s: float) -> None:
-        """End every request in flight (its caller gets an error) and hold back new ones."""
-        await self._post("/pause_generation", {"mode": "abort"}, timeout_s)
+    async def pause(self, timeout_s: float, *, keep_requests: bool = False) -> None:
+        """Hold back new requests, and end every one in flight (its caller gets an error) or keep it.
+
+        One that is kept loses its cache, not its tokens: when generation goes on, prompt and tokens are read again
+        under the weights of then, so that every later token is drawn from those alone.
+        """
+        mode = "retract" if keep_requests else "abort"
+        await self._post("/pause_generation", {"mode": mode}, timeout_s)
 
     async def resume(self, timeout_s: float) -> None:
         await self._post("/continue_generation", {}, timeout_s)
@@ -115,9 +120,12 @@ class WeightAdmin:
         await self._post("/update_weights_from_distributed", body, timeout_s)
 
     async def flush(self, timeout_s: float) -> None:
-        """Drop cached prefixes."""
-        route = f"/flush_cache?timeout={min(_IDLE_TIMEOUT_S, timeout_s):g}"
-        await self._send(route, {}, timeout_s)
+        """Drop cached prefixes. Requests that a pause keeps hold none; those that it ended may take a moment to go."""
+        try:
+            await self._send("/flush_cache", {}, timeout_s)
+        except RequestRefused:
+            route = f"/flush_cache?timeout={min(_IDLE_TIMEOUT_S, timeout_s):g}"
+            await self._send(route, {}, timeout_s)
 
     async def _post(self, route: str, body: Mapping[str, Any], timeout_s: float) -> None:
         answer = await self._send(route, body, timeout_s)

@@ -62,7 +62,7 @@ async def score_rollouts(
                 f"{did_you_mean(route, teachers)}; use one of: {known}"
             )
         by_teacher.setdefault(route, []).append(position)
-    answers = await _all_or_first_error(
+    answers = await all_or_first_error(
         _score_with(
             teachers[name],
             [rollouts[i] for i in positions],
@@ -112,11 +112,11 @@ async def _score_with(
             ]
             scores.update(zip(call, await servers.score(pairs, topk), strict=True))
 
-    await _all_or_first_error(work() for _ in range(_CALLS_IN_FLIGHT * len(servers)))
+    await all_or_first_error(work() for _ in range(_CALLS_IN_FLIGHT * len(servers)))
     return [scores[position] for position in range(len(rollouts))]
 
 
-async def _all_or_first_error(jobs: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
+async def all_or_first_error(jobs: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
     """Run jobs at once; the first error ends the others and is raised as it is, not in a group."""
     tasks = [asyncio.create_task(job) for job in jobs]
     try:

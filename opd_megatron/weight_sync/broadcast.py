@@ -91,10 +91,12 @@ class BroadcastRoute:
         self._optimizer_step = answer["optimizer_step"]
         return Offer(version, probes, answer["probe_logprobs"])
 
-    async def begin(self, clients: Clients) -> None:
+    async def begin(self, clients: Clients, *, keep_requests: bool = False) -> None:
         if self._group is not None and not await self._are_in_the_group(clients):
             await self._leave()
-        await on_every_server(clients, lambda client: hold(client, self._timeout_s))
+        await on_every_server(
+            clients, lambda client: hold(client, self._timeout_s, keep_requests=keep_requests)
+        )
         if self._group is None:
             await self._join(clients)
         await on_every_server(clients, lambda c: c.weights.open_session(self._timeout_s))

@@ -55,8 +55,10 @@ class DiskRoute:
         )
         return Offer(version, probes, answer["probe_logprobs"])
 
-    async def begin(self, clients: Clients) -> None:
-        await on_every_server(clients, lambda client: hold(client, self._timeout_s))
+    async def begin(self, clients: Clients, *, keep_requests: bool = False) -> None:
+        await on_every_server(
+            clients, lambda client: hold(client, self._timeout_s, keep_requests=keep_requests)
+        )
 
     async def send(self, clients: Clients, version: int) -> None:
         directory = self.directory(version)

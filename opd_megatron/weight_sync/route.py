@@ -1,7 +1,8 @@
 """How weights travel: the protocol that every route keeps, and its failures.
 
     offer    the learner makes a version ready and says what its log-probs of the probes are
-    begin    the servers generate nothing any more, and their labels say "stale"
+    begin    the servers generate nothing any more, and their labels say "stale"; requests in flight end with
+             an error or, with `keep_requests`, go on afterwards with the new weights
     send     the weights travel; nobody's label changes before all of them are there
     end      label `version`, no cached prefix of older weights, generation goes on
     abandon  after a failure: whatever is left over of the update is taken away
@@ -60,7 +61,7 @@ class WeightRoute(Protocol):
 
     async def offer(self, version: int, probe_tokens: Sequence[Sequence[int]]) -> Offer: ...
 
-    async def begin(self, clients: Clients) -> None: ...
+    async def begin(self, clients: Clients, *, keep_requests: bool = False) -> None: ...
 
     async def send(self, clients: Clients, version: int) -> None: ...
 
@@ -101,9 +102,9 @@ def combined(failures: Sequence[OpdError], summary: str) -> OpdError:
     return kind(f"{summary}: {'; '.join(str(error) for error in ordered)}")
 
 
-async def hold(client: SglangClient, timeout_s: float) -> None:
+async def hold(client: SglangClient, timeout_s: float, *, keep_requests: bool = False) -> None:
     """Stop a server's generation and take its version away, until `let_go`."""
-    await client.weights.pause(timeout_s)
+    await client.weights.pause(timeout_s, keep_requests=keep_requests)
     await client.weights.set_label(STALE_LABEL, timeout_s)
 
 

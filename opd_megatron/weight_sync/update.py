@@ -37,13 +37,19 @@ class SyncReport:
 
 
 async def update_servers(
-    route: WeightRoute, clients: Clients, offer: Offer, *, tolerance_nats: float
+    route: WeightRoute,
+    clients: Clients,
+    offer: Offer,
+    *,
+    tolerance_nats: float,
+    keep_requests: bool = False,
 ) -> SyncReport:
     """Update servers and verify them; all of them succeed or an error names those that did not.
 
     Args:
         offer: of this route.
         tolerance_nats: largest allowed |server - learner| of one probe token.
+        keep_requests: those in flight go on with the new weights instead of ending with an error.
 
     Raises:
         NumericsError: a server answers with other weights than the learner's.
@@ -53,13 +59,13 @@ async def update_servers(
     expected_logprobs(offer)
     first_failure = None
     try:
-        await _transfer(route, clients, offer.version)
+        await _transfer(route, clients, offer.version, keep_requests)
     except ServerError as error:
         if not await route.abandon(clients):
             raise ServerError(f"{error}; not tried again: a server does not answer") from error
         first_failure = str(error)
         try:
-            await _transfer(route, clients, offer.version)
+            await _transfer(route, clients, offer.version, keep_requests)
         except ServerError as again:
             await route.abandon(clients)
             raise ServerError(f"{again}; tried twice, before: {first_failure}") from again
@@ -69,7 +75,9 @@ async def update_servers(
     return SyncReport(offer.version, tuple(deltas), first_failure)
 
 
-async def _transfer(route: WeightRoute, clients: Clients, version: int) -> None:
-    await route.begin(clients)
+async def _transfer(
+    route: WeightRoute, clients: Clients, version: int, keep_requests: bool
+) -> None:
+    await route.begin(clients, keep_requests=keep_requests)
     await route.send(clients, version)
     await route.end(clients, version)

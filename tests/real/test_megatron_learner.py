@@ -146,12 +146,9 @@ def _batches(work: Path) -> list[list[Sample]]:
 
 def _first_launch(work: Path, recipe: Recipe, results: dict[str, Any]) -> dict[str, Any]:
     learner = start(work, recipe, "first")
-    step = {"max_staleness": 0}
 
     def train(i: int) -> Any:
-        return learner.ask(
-            "train", batch=str(work / f"batch{i}"), out=str(work / f"out{i}"), **step
-        )
+        return learner.ask("train", batch=str(work / f"batch{i}"), out=str(work / f"out{i}"))
 
     def publish(name: str) -> Any:
         probes = [[1, 2, 3, 4, 5], [6, 7]]
@@ -185,12 +182,12 @@ def _second_launch(
     results["resume"] = learner.ask("load", source="commit", path=path)
     for i in (2, 3):
         results[f"resumed{i}"] = learner.ask(
-            "train", batch=str(work / f"batch{i}"), out=str(work / f"out_r{i}"), max_staleness=0
+            "train", batch=str(work / f"batch{i}"), out=str(work / f"out_r{i}")
         )
     learner.ask("publish", directory=str(work / "v4_resumed"), version=4, probe_tokens=[])
     samples = tiny.make_samples(LENGTHS, VOCAB, seed=9, version=3)
     write_batch(work / "stale", step=9, weight_version=4, samples=samples)
-    arguments = {"batch": str(work / "stale"), "out": str(work / "x"), "max_staleness": 0}
+    arguments = {"batch": str(work / "stale"), "out": str(work / "x")}
     stale = learner.answer_to("train", **arguments)
     return stale, learner.process.wait(30)
 
@@ -341,7 +338,7 @@ def test_a_save_beside_training_writes_what_one_that_waits_writes(story: Story) 
 def test_a_stale_batch_ends_the_learner_with_its_reason(story: Story) -> None:
     error = story.stale["error"]
     assert (error["type"], error["exit_code"]) == ("ContractError", 75)
-    assert "made by weight versions 3..3, the batch is for version 4" in error["message"]
+    assert "made by weight version 3, the learner trains version 4" in error["message"]
     assert story.stale_exit_code != 0
 
 

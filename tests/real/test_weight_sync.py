@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 from rule_proxy import Rule, refuse
@@ -23,10 +24,11 @@ from weight_sync_checks import (
     held_while_it_ran,
     publisher_of,
 )
-from weight_sync_scene import LONG_S, PROBES, TOLERANCE_NATS, Scene, open_scene
+from weight_sync_scene import BUCKET_BYTES, LONG_S, PROBES, TOLERANCE_NATS, Scene, open_scene
 
 from opd_megatron.errors import NumericsError, ServerError
 from opd_megatron.serving.client import Sampling
+from opd_megatron.serving.contract import Generation
 from opd_megatron.serving.members import State
 from opd_megatron.serving.pool import ServerPool
 from opd_megatron.weight_sync.broadcast import BroadcastRoute
@@ -127,6 +129,43 @@ def test_what_runs_when_an_update_begins_is_ended_and_what_comes_then_waits(scen
         assert (generation.version_first, generation.version_last) == (700, 700)
 
     scene.run(update())
+
+
+@routes
+def test_rollouts_under_way_go_on_with_the_new_weights(scene: Scene, route: str) -> None:
+    """Every token keeps the version that wrote it, and its log-prob is that of the weights of this version alone."""
+    scene.update(route, "first")
+    old = scene.version
+    scene.hold("second")
+    way = scene.route(route)
+
+    async def work() -> list[Generation]:
+        long = Sampling(temperature=1.0, max_new_tokens=55)
+        rids = [f"kept-{route}-{number}" for number in range(16)]
+        client = scene.servers[0].client
+        offer = await way.offer(old + 1, PROBES)
+        running = asyncio.create_task(client.generate([(3, 4)] * 16, long, rids))
+        await asyncio.sleep(0.1)
+        await update_servers(
+            way, scene.clients, offer, tolerance_nats=TOLERANCE_NATS, keep_requests=True
+        )
+        return await running
+
+    generations = scene.run(work())
+    scene.version = old + 1
+    mixed = [g for g in generations if g.spans]
+    assert len(mixed) > 8, [(g.version_first, g.version_last) for g in generations]
+    for model, version in (("first", old), ("second", old + 1)):
+        scene.hold(model)
+        ids = [[3, 4, *g.token_ids] for g in mixed]
+        answer = scene.run(scene.link.ask("offer", bucket_bytes=BUCKET_BYTES, probe_tokens=ids))
+        for generation, logprobs in zip(mixed, answer["probe_logprobs"], strict=True):
+            (_, end), _ = generation.spans
+            assert [v for v, _ in generation.spans] == [old, old + 1]
+            own = slice(0, end) if version == old else slice(end, None)
+            learner = np.asarray(logprobs)[1:]  # The first is of the prompt's second token.
+            assert np.abs(learner - generation.logprobs)[own].max() < TOLERANCE_NATS
+            assert np.abs(learner - generation.logprobs).max() > 100 * TOLERANCE_NATS
 
 
 def test_weights_that_were_trained_on_since_the_offer_are_not_sent(scene: Scene) -> None:

@@ -68,6 +68,7 @@ class RolloutConfig:
     top_p: float = number(1.0, 0.01, 1.0)
     top_k: int = number(-1, -1)
     min_p: float = number(0.0, 0.0, 1.0)
+    # Of one turn.
     max_new_tokens: int = number(1024, 1)
     server: ServerConfig = field(default_factory=ServerConfig)
 

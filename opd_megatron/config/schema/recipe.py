@@ -20,8 +20,10 @@ from opd_megatron.config.schema.running import (
     CheckpointConfig,
     ControllerConfig,
     DataConfig,
+    EnvironmentConfig,
     EvaluationConfig,
     ObserveConfig,
+    OverlapConfig,
     PreflightConfig,
     WeightSyncConfig,
 )
@@ -30,7 +32,10 @@ from opd_megatron.config.schema.teaching import TeachingConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """One run. `name` equals the file name; `steps` counts optimizer steps; `max_staleness` is in versions."""
+    """One run. `name` equals the file name; `steps` counts optimizer steps.
+
+    `max_staleness`: how many versions older than the weights that it trains a token may be.
+    """
 
     name: str = ""
     summary: str = ""
@@ -43,6 +48,7 @@ class Recipe:
     teaching: TeachingConfig = field(default_factory=TeachingConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
     whitening: WhiteningConfig = field(default_factory=WhiteningConfig)
@@ -52,6 +58,7 @@ class Recipe:
     batch: BatchConfig = field(default_factory=BatchConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     controller: ControllerConfig = field(default_factory=ControllerConfig)
+    overlap: OverlapConfig = field(default_factory=OverlapConfig)
     weight_sync: WeightSyncConfig = field(default_factory=WeightSyncConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -63,6 +70,24 @@ class Recipe:
     def is_supervised(self) -> bool:
         """Trains on the responses of the data."""
         return self.objective.estimator == SUPERVISED_ESTIMATOR
+
+    @property
+    def max_response_tokens(self) -> int:
+        """Of the longest possible sample, without its prompt: all turns and what is said between them."""
+        turns = self.environment.max_turns
+        between = (turns - 1) * self.environment.max_observation_tokens
+        return turns * self.rollout.max_new_tokens + between
+
+    def max_new_tokens_within(self, room: int) -> int:
+        """The largest `rollout.max_new_tokens` whose longest sample has `room` tokens; 1 at least."""
+        turns = self.environment.max_turns
+        between = (turns - 1) * self.environment.max_observation_tokens
+        return max(1, (room - self.data.max_prompt_tokens - between) // turns)
+
+    @property
+    def updates_in_flight(self) -> bool:
+        """Rollout servers get new weights while they write."""
+        return self.overlap.mode == "async" and self.overlap.partial_rollouts
 
     @property
     def uses_servers(self) -> bool:

@@ -1,4 +1,4 @@
-"""Sections of what happens around the learning: data in, weights out, evaluation, commits, checks, display."""
+"""Sections of what happens around the learning: data in, overlap, weights out, evaluation, commits, checks, display."""
 
 from __future__ import annotations
 
@@ -26,6 +26,34 @@ class DataConfig:
     shuffle: bool = True
     # Deal the domains of the rows in turn, so that each has an equal share of every step.
     alternate_domains: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnvironmentConfig:
+    """Who answers the student in training; `none`: nobody, a response is one turn.
+
+    `try_again` asks the question again until `grader` calls the answer right. An episode has `max_turns` of the
+    student at most; what the environment says at a time has `max_observation_tokens` at most, its tokens do not train.
+    """
+
+    name: str = choice("none", "none", "try_again")
+    grader: str = "exact_match"
+    max_turns: int = number(1, 1)
+    max_observation_tokens: int = number(64, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OverlapConfig:
+    """Whether the student writes while the learner trains; how old a sample may be then says `max_staleness`.
+
+    `sync`: no, a step trains what its own weights wrote. `one_step_off`: the rollouts of a step are written while the
+    step before it trains, and weights change between two steps' rollouts. `async`: rollouts are written all the time,
+    as many as the bound allows. `partial_rollouts` (async): new weights do not wait for the rollouts under way, which
+    go on with them; every token keeps the version that wrote it.
+    """
+
+    mode: str = choice("sync", "sync", "one_step_off", "async")
+    partial_rollouts: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

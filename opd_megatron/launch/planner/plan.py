@@ -120,7 +120,7 @@ def make_plan(
     micro = num_microbatches(recipe, recipe.batch.samples_per_step, lengths)
     inside = {name: models.teachers[name] for name in recipe.in_process_teachers}
     memory = learner_memory(recipe, models.student, inside, micro)
-    longest = recipe.data.max_prompt_tokens + recipe.rollout.max_new_tokens
+    longest = recipe.data.max_prompt_tokens + recipe.max_response_tokens
     if recipe.uses_servers:
         server = recipe.rollout.server
         check_server("rollout", "rollout.server", models.student, server, device, longest)

@@ -158,7 +158,7 @@ def step_time(recipe: Recipe, models: Models, device: Device, lengths: Lengths) 
     server = recipe.rollout.server
     if not recipe.is_supervised:
         generate, running = rollout_s(models.student, server, device, samples, lengths)
-        longest = recipe.rollout.max_new_tokens
+        longest = recipe.max_response_tokens
         alone_s = decode_step_s(models.student, server, device, 1, lengths.prompt + longest / 2)
         generate = max(generate, longest * alone_s)
         share = min(1.0, running * server.num_servers / samples)

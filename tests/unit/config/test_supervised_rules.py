@@ -49,6 +49,7 @@ def test_a_teacher_may_serve_its_evaluation(recipe: Recipe) -> None:
         (["batch.rollouts_per_prompt=4"], "set batch.rollouts_per_prompt=1"),
         (["rollout.temperature=0.7"], "set rollout.temperature=1.0"),
         (["max_staleness=1"], "set max_staleness=0"),
+        (["overlap.mode=async", "max_staleness=1"], "set overlap.mode=sync"),
     ],
 )
 def test_settings_of_rollouts_are_refused_with_the_fix(

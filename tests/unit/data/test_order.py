@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from opd_megatron.data import order as order_module
 from opd_megatron.data.order import AlternatingOrder, PromptOrder, permutation
 
 sizes = st.integers(1, 300)
@@ -28,6 +30,25 @@ def test_index_depends_on_the_position_alone(size: int, seed: int, positions: li
     answers = [used.index_at(position) for position in positions]
     fresh = [PromptOrder("hash", seed, size, True).index_at(position) for position in positions]
     assert answers == fresh
+
+
+def test_prompts_of_two_epochs_side_by_side_cost_one_permutation_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[int] = []
+
+    def counted(content_hash: str, seed: int, epoch: int, size: int) -> list[int]:
+        made.append(epoch)
+        return permutation(content_hash, seed, epoch, size)
+
+    monkeypatch.setattr(order_module, "permutation", counted)
+    order = PromptOrder("hash", 0, 10, shuffle=True)
+    for offset in range(10):
+        for epoch in (0, 1):
+            order.index_at(epoch * 10 + offset)
+    order.index_at(20)
+    order.index_at(10)
+    assert made == [0, 1, 2]
 
 
 @given(sizes, seeds)

@@ -13,7 +13,7 @@ from opd_megatron.config.overrides import apply_overrides
 from opd_megatron.config.recipes import load_recipe
 from opd_megatron.config.rules import problems
 from opd_megatron.config.schema import Recipe
-from opd_megatron.errors import ConfigError, OpdError
+from opd_megatron.errors import ConfigError, DataError, OpdError
 from opd_megatron.launch.preflight import check_inputs, check_learner
 
 
@@ -97,6 +97,18 @@ def test_a_mixed_recipe_may_ask_only_for_what_both_kinds_of_teacher_know(demo: R
     check_inputs(apply_overrides(inside, settings))
     with pytest.raises(ConfigError, match=r"set teachers\.other\.engine=in_process"):
         check_inputs(apply_overrides(mixed, settings))
+
+
+def test_an_environment_needs_answers_and_its_grader(demo: Recipe, tmp_path: Path) -> None:
+    turns = ["environment.name=try_again", "environment.max_turns=2"]
+    turns += ["environment.max_observation_tokens=10"]
+    check_inputs(apply_overrides(demo, turns))
+    with pytest.raises(ConfigError, match=r"environment\.grader='exact'"):
+        check_inputs(apply_overrides(demo, [*turns, "environment.grader=exact"]))
+    rows = tmp_path / "train.jsonl"
+    rows.write_text('{"prompt": "40+85:", "answer": "125"}\n{"prompt": "1+1:"}\n')
+    with pytest.raises(DataError, match=r"train\.jsonl:2 has no 'answer'.*environment\.name=none"):
+        check_inputs(apply_overrides(demo, [*turns, f"data.train={rows}"]))
 
 
 def test_only_a_teacher_inside_the_learner_can_be_offloaded(demo: Recipe) -> None:

@@ -40,7 +40,6 @@ def our_packing() -> MicroBatch:
         teacher_logprobs=teacher,
         topk_ids=None,
         topk_logprobs=None,
-        versions=np.zeros((3, 2), dtype=np.int64),
     )
     return pack(batch, (0, 1, 2), np.cumsum([0, *RESPONSES]), num_tokens=16)
 

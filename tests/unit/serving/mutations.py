@@ -217,11 +217,13 @@ def _is_version(value: Any) -> bool:
 def _generation_is_right(item: Any, request: dict[str, Any], number: int, vocab: int) -> bool:
     meta, ids = item["meta_info"], item["output_ids"]
     limit = request["sampling_params"]["max_new_tokens"]
-    reason, end = meta["finish_reason"], 0
+    reason, end, newest = meta["finish_reason"], 0, -1
     for span in meta["weight_versions"]:
         if not _same(span["start"], end) or type(span["end"]) is not int or span["end"] <= end:
             return False
-        end = span["end"]
+        if not _is_version(span["version"]) or int(span["version"]) <= newest:
+            return False
+        end, newest = span["end"], int(span["version"])
     if reason["type"] == "length":
         ended = _same(reason["length"], limit) and len(ids) == limit
     else:
@@ -236,7 +238,6 @@ def _generation_is_right(item: Any, request: dict[str, Any], number: int, vocab:
         and ended
         and end == len(ids)
         and isinstance(meta["weight_versions"], list)
-        and all(_is_version(span["version"]) for span in meta["weight_versions"])
         and isinstance(meta["output_token_logprobs"], list)
         and len(meta["output_token_logprobs"]) == len(ids)
         and all(

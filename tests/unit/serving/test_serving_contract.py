@@ -160,6 +160,8 @@ GENERATION_CHANGES: dict[str, Change] = {
     "versions leave a gap": put("meta_info", "weight_versions", 1, "start", value=3),
     "versions overlap": put("meta_info", "weight_versions", 0, "end", value=3),
     "versions end early": lambda item: item["meta_info"]["weight_versions"].pop(),
+    "versions go down": put("meta_info", "weight_versions", 1, "version", value="2"),
+    "a span twice of one version": put("meta_info", "weight_versions", 1, "version", value="3"),
     "span without start": lambda item: item["meta_info"]["weight_versions"][0].pop("start"),
     "span is a list": put("meta_info", "weight_versions", 0, value=[3, 0, 2]),
 }

@@ -58,7 +58,7 @@ class FaultyRoute:
                 self._fail.remove(planned)
                 raise planned[1]
 
-    async def begin(self, clients: Any) -> None:
+    async def begin(self, clients: Any, *, keep_requests: bool = False) -> None:
         await self._do("begin")
 
     async def send(self, clients: Any, version: int) -> None:

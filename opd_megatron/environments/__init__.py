@@ -1,0 +1,1 @@
+"""Text environments: who answers the student in a conversation of several turns."""
