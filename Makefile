@@ -35,8 +35,8 @@ demo: install ## Run the demo recipe: a tiny student learns from a tiny teacher
 
 .PHONY: test
 test: install-launch slurm ## Run the whole CPU suite
-	$(PYTEST) -m "not real and not gpu and not slow" -n $(TEST_JOBS)
-	$(PYTEST) -m "real and not gpu and not slow and not transformer_engine" -n $(TEST_JOBS) --dist loadfile --durations=10
+	$(PYTEST) -m "not real and not many and not gpu and not slow" -n $(TEST_JOBS)
+	$(PYTEST) -m "(real or many) and not gpu and not slow and not transformer_engine" -n $(TEST_JOBS) --dist loadfile --durations=10
 
 .PHONY: test-slow
 test-slow: install-launch ## Run the tests that take minutes each
@@ -57,7 +57,7 @@ check: install ## Lint, format, types, import layers, unit tests: about a minute
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/pyright
-	$(PYTEST) -m "not real and not gpu and not slow" -n $(TEST_JOBS)
+	$(PYTEST) -m "not real and not many and not gpu and not slow" -n $(TEST_JOBS)
 
 .PHONY: format
 format: install ## Apply the formatter and the safe lint fixes

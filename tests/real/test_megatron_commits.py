@@ -61,7 +61,7 @@ def test_2000_kills_at_random_moments_always_leave_a_commit_that_loads(tmp_path:
     [
         pytest.param("calls", marks=pytest.mark.slow),  # a torn write is the harder case
         "torn_calls",
-        "background_torn_calls",
+        pytest.param("background_torn_calls", marks=pytest.mark.slow),
     ],
 )
 def test_a_kill_or_power_loss_at_every_call_that_changes_the_disk_leaves_a_commit(

@@ -53,6 +53,7 @@ CONVERSATION = [
 ]
 
 
+@pytest.mark.slow
 def test_one_step_off_with_conversations(tmp_path: Path) -> None:
     run, output = RunDir(tmp_path / "run"), tmp_path / "output.txt"
     arguments = ["run", "demo", "--run-dir", str(run.root), *SMALL, *settings("one_step_off")]

@@ -138,6 +138,7 @@ def test_a_finished_run_is_not_started_over(finished: Finished, tmp_path: Path) 
     assert "holds a run already" in output.read_text()
 
 
+@pytest.mark.slow
 def test_a_run_whose_last_commit_is_there_only_lacks_its_summary(
     finished: Finished, tmp_path: Path
 ) -> None:

@@ -27,6 +27,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.many
 @pytest.mark.timeout(max(120, SCHEDULES // 500))
 @pytest.mark.parametrize("mode", MODES)
 def test_every_schedule_ends_with_each_prompt_trained_once(mode: str) -> None:

@@ -31,6 +31,7 @@ def reader(directory: Path) -> Callable[[], Files]:
     return lambda: pickle.loads(kept)
 
 
+@pytest.mark.many
 def test_a_thousand_mutations_are_all_refused_by_what_they_changed(
     student: Path, tmp_path: Path
 ) -> None:

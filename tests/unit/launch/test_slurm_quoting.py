@@ -52,6 +52,7 @@ def stand_ins(folder: Path) -> None:
         (folder / name).chmod(0o755)
 
 
+@pytest.mark.many
 def test_hostile_texts_arrive_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = random.Random(0)
     environment = {f"V{i}": hostile(generator) for i in range(_VARIABLES)}

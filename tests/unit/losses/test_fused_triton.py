@@ -39,6 +39,7 @@ def test_triton_kernels_equal_float64_under_the_interpreter() -> None:
     assert passed >= 35, report
 
 
+@pytest.mark.slow
 def test_gpu_tests_are_collected_and_skipped_without_a_device() -> None:
     report = run_gpu_tests(TRITON_INTERPRET="0", CUDA_VISIBLE_DEVICES="")
     assert " passed" not in report and "no CUDA device, and TRITON_INTERPRET is not 1" in report

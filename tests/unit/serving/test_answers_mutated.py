@@ -72,6 +72,7 @@ def structure(results: list[Any]) -> list[Any]:
     ]
 
 
+@pytest.mark.many
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("part", range(PARTS))
 def test_a_mutated_answer_is_accepted_only_where_no_rule_is_broken(part: int) -> None:
