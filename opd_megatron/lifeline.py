@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +37,25 @@ def die_with_parent(expected_parent: int | None = None) -> None:
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, "PR_SET_PDEATHSIG")
     if expected_parent is not None and os.getppid() != expected_parent:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def end_at_parents_request() -> None:
+    """In a process that was started with SIGTERM blocked: end when the parent sends it, and only then.
+
+    Slurm signals every process of a step; torchrun signals its ranks when one of them died. Does nothing where SIGTERM
+    is not blocked.
+    """
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    if signal.SIGTERM not in blocked:
+        return
+    parent = os.getppid()
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            pass
+        os._exit(128 + signal.SIGTERM)
+
+    threading.Thread(target=wait, name="SIGTERM of the parent", daemon=True).start()
 
 
 def adopt_orphans(adopt: bool) -> None:

@@ -185,6 +185,10 @@ class AttemptDir:
         """Where each node of a cluster job says its address and servers: `<role>-<node>.json`."""
         return self.root / "nodes"
 
+    def is_unwanted(self) -> bool:
+        """Whether what has not begun yet need not begin: the attempt is over, or was asked to stop."""
+        return self.ended.exists() or self.stop_requested.exists()
+
     def is_newest(self) -> bool:
         """Whether no later attempt has begun. Numbers are given out by an exclusive mkdir, on any file system."""
         return not any(

@@ -26,10 +26,11 @@ from opd_megatron.controller.evaluation import Evaluator
 from opd_megatron.controller.heartbeat import beating
 from opd_megatron.controller.in_process import LearnerTeachers
 from opd_megatron.controller.publishing import Publisher
-from opd_megatron.controller.roles import open_roles, wait_for_learner, wait_for_servers
+from opd_megatron.controller.roles import Roles, open_roles, wait_for_learner, wait_for_servers
 from opd_megatron.controller.samples import SampleMaker
 from opd_megatron.controller.service import Context, Service
 from opd_megatron.controller.startup import check_numerics
+from opd_megatron.controller.stop import ended_by_stop
 from opd_megatron.controller.teaching import Teaching, data_config
 from opd_megatron.data.chat import ChatTokenizer, load_chat_tokenizer
 from opd_megatron.data.prompts import PromptSet, load_prompts
@@ -37,7 +38,7 @@ from opd_megatron.data.tokenizer_files import tokenizer_fingerprint
 from opd_megatron.errors import EXIT_DONE, ConfigError, OpdError, StorageError
 from opd_megatron.observe.console import RunConsole, result_line
 from opd_megatron.observe.report import render_report
-from opd_megatron.rundir import RunDir
+from opd_megatron.rundir import AttemptDir, RunDir
 from opd_megatron.teacher.aliases import TokenAliases, aliases_of
 
 
@@ -128,6 +129,35 @@ async def run_controller(recipe: Recipe, run: RunDir, attempt_number: int) -> No
         console.say(result_line(summary))
 
 
+async def _bring_up(
+    recipe: Recipe,
+    run: RunDir,
+    attempt: AttemptDir,
+    console: RunConsole,
+    core: Core,
+    newest: commit.Commit | None,
+    roles: Roles,
+    train: PromptSet,
+) -> Publisher:
+    """Wait for the roles, bring everyone to the commit's weights, check numerics."""
+    await asyncio.gather(
+        wait_for_servers(recipe, roles, console), wait_for_learner(recipe, roles, console)
+    )
+    publisher = Publisher(recipe, run, roles, console)
+    source, path = ("commit", newest.model) if newest else ("hf", Path(recipe.student.path))
+    loaded = await roles.learner.ask("load", source=source, path=str(path))
+    if newest is not None:
+        if loaded["optimizer_step"] != core.step:
+            raise ConfigError(
+                f"{newest.path.name}: the learner is at step {loaded['optimizer_step']}, the ledger at "
+                f"{core.step}; the commit is not of one piece"
+            )
+        console.say(f"resumed from {newest.path.name}")
+    if recipe.uses_servers:
+        await check_numerics(recipe, roles, publisher, train, attempt, core.version, console)
+    return publisher
+
+
 async def _train(
     recipe: Recipe,
     run: RunDir,
@@ -137,26 +167,13 @@ async def _train(
     newest: commit.Commit | None,
     inputs: Inputs,
 ) -> None:
-    """Wait for the roles, bring everyone to the commit's weights, check numerics, run the service to its end."""
+    """Bring the roles up and run the service to its end."""
     attempt = run.attempt(attempt_number)
     tokenizer, train, aliases = inputs.tokenizer, inputs.train, inputs.aliases
     async with AsyncExitStack() as stack:
         roles = open_roles(recipe, attempt, tokenizer.vocab_size, stack, console.say)
-        await asyncio.gather(
-            wait_for_servers(recipe, roles, console), wait_for_learner(recipe, roles, console)
-        )
-        publisher = Publisher(recipe, run, roles, console)
-        source, path = ("commit", newest.model) if newest else ("hf", Path(recipe.student.path))
-        loaded = await roles.learner.ask("load", source=source, path=str(path))
-        if newest is not None:
-            if loaded["optimizer_step"] != core.step:
-                raise ConfigError(
-                    f"{newest.path.name}: the learner is at step {loaded['optimizer_step']}, the ledger at "
-                    f"{core.step}; the commit is not of one piece"
-                )
-            console.say(f"resumed from {newest.path.name}")
-        if recipe.uses_servers:
-            await check_numerics(recipe, roles, publisher, train, attempt, core.version, console)
+        async with ended_by_stop(attempt):
+            publisher = await _bring_up(recipe, run, attempt, console, core, newest, roles, train)
         attempt.serving.touch()
         evaluator = None
         if inputs.heldout is not None:

@@ -8,10 +8,11 @@ for example behind a broken network: it must not write again, so it ends before 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
 
 from opd_megatron.controller import protocol
-from opd_megatron.errors import Fenced
+from opd_megatron.errors import Fenced, Preempted
 from opd_megatron.rundir import AttemptDir
 
 POLL_S = 0.5
@@ -27,6 +28,32 @@ def refuse_if_fenced(attempt: AttemptDir) -> None:
         raise Fenced(
             f"attempt {attempt.number}: a later attempt of this run has begun; this one writes nothing more"
         )
+
+
+@asynccontextmanager
+async def ended_by_stop(attempt: AttemptDir) -> AsyncGenerator[None]:
+    """For what comes before the first step, where nothing can be lost: a request to stop ends it at once.
+
+    Raises:
+        Preempted: asked to stop.
+    """
+    limit = asyncio.timeout(None)
+
+    async def watch() -> None:
+        while not attempt.stop_requested.exists():
+            await asyncio.sleep(POLL_S)
+        limit.reschedule(asyncio.get_running_loop().time())
+
+    watching = asyncio.create_task(watch(), name=WATCH_NAME)
+    try:
+        async with limit:
+            yield
+    except TimeoutError as error:
+        if limit.expired():
+            raise Preempted("asked to stop before the first step of this attempt") from error
+        raise
+    finally:
+        watching.cancel()
 
 
 async def watch_for_stop(

@@ -115,6 +115,7 @@ class Supervisor:
         environment: added to that of every process.
         say: tells the user that a server was started again.
         on_signal: called for every signal, and nothing else happens. None: a signal interrupts.
+        shielded: SIGTERM and SIGUSR1 from outside do not reach the processes; they end with the attempt, by SIGKILL.
     """
 
     def __init__(
@@ -123,7 +124,9 @@ class Supervisor:
         environment: Mapping[str, str] | None = None,
         say: Callable[[str], None] = print,
         on_signal: Callable[[signal.Signals], None] | None = None,
+        shielded: bool = False,
     ) -> None:
+        self._shielded = shielded
         self._on_signal = on_signal
         self._attempt_id = attempt_id
         self._environment = dict(environment or {})
@@ -188,7 +191,7 @@ class Supervisor:
                     **membership(self._attempt_id, role.name),
                 },
                 start_new_session=True,
-                preexec_fn=lambda: die_with_parent(parent),
+                preexec_fn=lambda: _prepare(parent, self._shielded),
             )
         self._running[role.name] = (role, process)
 
@@ -307,8 +310,8 @@ class Supervisor:
     def log_of(self, name: str) -> Path:
         return self._running[name][0].log
 
-    def stop(self) -> None:
-        """End every process and everything they started. Returns when all are gone."""
+    def _terminate(self) -> None:
+        """Ask those to end that may take a moment for it, and wait that long."""
         for role, process in self._running.values():
             if process.poll() is None and role.grace_s > 0:
                 process.terminate()
@@ -319,6 +322,11 @@ class Supervisor:
                     process.wait(timeout=max(0.0, deadline - time.monotonic()))
                 except subprocess.TimeoutExpired:
                     continue
+
+    def stop(self) -> None:
+        """End every process and everything they started. Returns when all are gone."""
+        if not self._shielded:
+            self._terminate()
         kill_attempt(self._attempt_id)
         for _, process in self._running.values():
             process.wait()
@@ -336,6 +344,15 @@ class Supervisor:
 def _children() -> set[int]:
     """Ids of this process's children, ended but uncollected ones too."""
     return {process.pid for process in psutil.Process().children()}
+
+
+def _prepare(parent: int, shielded: bool) -> None:
+    """In the new process, before its program."""
+    die_with_parent(parent)
+    if shielded:
+        # Blocked, not ignored: programs that install a handler would hear it otherwise.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 def describe_exit(code: int) -> str:

@@ -109,7 +109,7 @@ def test_what_must_change_first_ends_the_job_without_a_requeue(
 
 
 def test_a_bad_node_is_left_out_by_the_job_that_goes_on(cluster: Cluster, tmp_path: Path) -> None:
-    run = submit(cluster, tmp_path, "steps=2", "cluster.node_check='test $SLURMD_NODENAME != n2'")
+    run = submit(cluster, tmp_path, "steps=2", "cluster.node_check=test $SLURMD_NODENAME != n2")
     wait_for(run, lambda: len(jobs_of(run)) == 2, 90, "the successor")
     assert run.slurm.bad_nodes.read_text().split() == ["n2"]
     successor = jobs_of(run)[1]

@@ -10,7 +10,8 @@ the run directory. How an agent ends:
     attempts/N/ended is there           0, after everything it started is gone
     the controller ends                 its code, written to attempts/N/ended (the controller's agent only)
     SIGTERM, SIGINT, SIGUSR1            not at all: the request to stop is put down for the controller, which commits
-                                        and ends; the servers are needed until then
+                                        and ends; the others are needed until then, so Slurm's SIGTERM, which goes to
+                                        every process of a step, is kept from them
 
 After an attempt that failed, the learner's agent has its ranks write their stacks into the log before it ends them.
 """
@@ -31,7 +32,7 @@ from types import FrameType
 from opd_megatron.atomic import write_bytes
 from opd_megatron.config.run_yaml import read_run_yaml
 from opd_megatron.config.schema import Recipe
-from opd_megatron.errors import EXIT_DONE, EXIT_RETRY, OpdError, RoleDied
+from opd_megatron.errors import EXIT_DONE, EXIT_RETRY, ConfigError, OpdError, RoleDied
 from opd_megatron.launch.gpus import visible_gpus
 from opd_megatron.launch.members import remove_scratch, scratch
 from opd_megatron.launch.ports import PortReservations
@@ -43,6 +44,8 @@ from opd_megatron.launch.supervisor import MainSigns, Supervisor
 from opd_megatron.rundir import AttemptDir, RunDir
 
 _CHECK_TIMEOUT_S = 120
+# Of bash: not executable, not found.
+_NOT_RUN = (126, 127)
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,11 @@ def say(text: str) -> None:
 
 
 def _failed_check(command: str) -> str:
-    """Why the site's check of this node failed; empty when it passed."""
+    """Why the site's check of this node failed; empty when it passed.
+
+    Raises:
+        ConfigError: it is no command, which says nothing of the node.
+    """
     try:
         done = subprocess.run(
             ["bash", "-c", command],
@@ -81,6 +88,13 @@ def _failed_check(command: str) -> str:
         return f"cluster.node_check did not end in {_CHECK_TIMEOUT_S} s"
     if done.returncode == 0:
         return ""
+    if done.returncode in _NOT_RUN:
+        raise ConfigError.of(
+            "cluster.node_check",
+            command,
+            f"can not be run: {done.stderr.strip()[-500:]}",
+            "mend it",
+        )
     return f"cluster.node_check ended with {done.returncode}: {done.stderr.strip()[-500:]}"
 
 
@@ -101,7 +115,7 @@ def check_node(place: Place) -> None:
 
     Raises:
         RoleDied: the node is bad.
-        ConfigError: torch here has no CUDA, which no other node would mend.
+        ConfigError: the check is no command, or torch here has no CUDA: no other node would mend that.
     """
     reason = _failed_check(place.frozen.node_check) if place.frozen.node_check else ""
     reason = reason or _missing_gpus(place)
@@ -136,7 +150,7 @@ def run_role(place: Place) -> int:
     with (
         scratch(identity) as environment,
         PortReservations(place.address) as ports,
-        Supervisor(identity, {**environment, **added}, say, lambda _: notice(place)) as roles,
+        Supervisor(identity, {**environment, **added}, say, lambda _: notice(place), True) as roles,
     ):
         if place.role.name == CONTROLLER:
             said = nodes.NodeFile(identity, nodes.node_name(), place.address, ())

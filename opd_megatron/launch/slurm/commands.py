@@ -92,7 +92,7 @@ def learner(place: Place, identity: str, ports: PortReservations) -> RoleCommand
     said = nodes.NodeFile(identity, nodes.node_name(), place.address, (port,))
     nodes.write_node(attempt.nodes, LEARNER, place.index, said)
     limit = place.recipe.learner.start_timeout_s
-    (head,) = nodes.wait_for_nodes([first], limit, attempt.ended.exists)
+    (head,) = nodes.wait_for_nodes([first], limit, attempt.is_unwanted)
     return learner_command(place, head.address, head.ports[0])
 
 
@@ -140,7 +140,7 @@ def write_all_endpoints(place: Place) -> None:
     for name, (model_path, config) in servers_by_role(place.recipe).items():
         count = here[name].nodes if name in here else 0
         paths = [nodes.path_of(place.attempt.nodes, name, i) for i in range(count)]
-        found = nodes.wait_for_nodes(paths, config.start_timeout_s, place.attempt.ended.exists)
+        found = nodes.wait_for_nodes(paths, config.start_timeout_s, place.attempt.is_unwanted)
         placed[name] = [
             Server(s["name"], s["url"], model_path, config, 0)
             for node in found

@@ -11,7 +11,7 @@ import pytest
 from opd_megatron.config.recipes import resolve_recipe
 from opd_megatron.config.run_yaml import write_run_yaml
 from opd_megatron.config.schema import LearnerConfig, ServerConfig
-from opd_megatron.errors import RoleDied
+from opd_megatron.errors import ConfigError, RoleDied
 from opd_megatron.launch.ports import PortReservations
 from opd_megatron.launch.slurm import agent, commands, nodes
 from opd_megatron.launch.slurm.site import load_site
@@ -117,3 +117,11 @@ def test_a_node_check_that_hangs_is_a_bad_node(
     hanging = dataclasses.replace(place.frozen, node_check="exec sleep 60")
     with pytest.raises(RoleDied, match=r"cluster\.node_check did not end in"):
         agent.check_node(dataclasses.replace(place, frozen=hanging))
+
+
+def test_a_node_check_that_is_no_command_says_nothing_of_the_node(run: RunDir) -> None:
+    place = agent.open_place(run, 1, "learner", 0)
+    wrong = dataclasses.replace(place.frozen, node_check="nvidia-smy -L")
+    with pytest.raises(ConfigError, match=r"cluster\.node_check='nvidia-smy -L': can not be run"):
+        agent.check_node(dataclasses.replace(place, frozen=wrong))
+    assert not run.slurm.bad_nodes.exists()
