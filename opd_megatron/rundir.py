@@ -228,6 +228,11 @@ class SlurmDir:
         return self.root / "job.log"
 
     @property
+    def cancelled(self) -> Path:
+        """Made by `opd cancel`: jobs of the run end at once, and none follows."""
+        return self.root / "cancelled"
+
+    @property
     def bad_nodes(self) -> Path:
         """Names of nodes that failed their check, one a line."""
         return self.root / "bad_nodes"

@@ -114,7 +114,7 @@ class Supervisor:
         attempt_id: unique among all attempts of all runs on this machine.
         environment: added to that of every process.
         say: tells the user that a server was started again.
-        on_signal: called for every signal, and nothing else happens. None: a signal interrupts.
+        on_signal: called for every signal; the signal interrupts when it returns True. None: it interrupts.
         shielded: SIGTERM and SIGUSR1 from outside do not reach the processes; they end with the attempt, by SIGKILL.
     """
 
@@ -123,7 +123,7 @@ class Supervisor:
         attempt_id: str,
         environment: Mapping[str, str] | None = None,
         say: Callable[[str], None] = print,
-        on_signal: Callable[[signal.Signals], None] | None = None,
+        on_signal: Callable[[signal.Signals], bool] | None = None,
         shielded: bool = False,
     ) -> None:
         self._shielded = shielded
@@ -159,8 +159,7 @@ class Supervisor:
                 signal.signal(number, signal.SIG_IGN if interrupted else handler)  # type: ignore[arg-type]
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        if self._on_signal is not None:
-            self._on_signal(signal.Signals(number))
+        if self._on_signal is not None and not self._on_signal(signal.Signals(number)):
             return
         self._interruption = self._interruption or signal.Signals(number)
 

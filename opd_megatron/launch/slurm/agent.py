@@ -12,6 +12,7 @@ the run directory. How an agent ends:
     SIGTERM, SIGINT, SIGUSR1            not at all: the request to stop is put down for the controller, which commits
                                         and ends; the others are needed until then, so Slurm's SIGTERM, which goes to
                                         every process of a step, is kept from them
+    ... after `opd cancel`              at once, and everything it started
 
 After an attempt that failed, the learner's agent has its ranks write their stacks into the log before it ends them.
 """
@@ -40,7 +41,7 @@ from opd_megatron.launch.preflight import check_machine
 from opd_megatron.launch.slurm import commands, nodes, secrets
 from opd_megatron.launch.slurm.stacks import dump_stacks
 from opd_megatron.launch.slurm.table import CONTROLLER, LEARNER, Frozen, Role, read_table
-from opd_megatron.launch.supervisor import MainSigns, Supervisor
+from opd_megatron.launch.supervisor import Interrupted, MainSigns, Supervisor
 from opd_megatron.rundir import AttemptDir, RunDir
 
 _CHECK_TIMEOUT_S = 120
@@ -188,9 +189,13 @@ def is_over(attempt: AttemptDir) -> bool:
     return attempt.finishing.exists() or attempt.ended.exists()
 
 
-def notice(place: Place) -> None:
-    """Somebody wants the machines: ask the controller to commit and end."""
+def notice(place: Place) -> bool:
+    """Somebody wants the machines: ask the controller to commit and end. True: the run was cancelled, end at once."""
     place.attempt.stop_requested.touch()
+    if not place.run.slurm.cancelled.exists():
+        return False
+    end_attempt(place.attempt, EXIT_RETRY)
+    return True
 
 
 def end_attempt(attempt: AttemptDir, code: int) -> None:
@@ -234,6 +239,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         place = open_place(run, arguments.attempt, arguments.role, node_index(os.environ))
         code = run_role(place)
+    except Interrupted:
+        say(f"{arguments.role} on {nodes.node_name()}: cancelled")
     except OpdError as error:
         say(f"{arguments.role} on {nodes.node_name()}: {error}")
         code = error.exit_code

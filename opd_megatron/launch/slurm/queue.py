@@ -183,7 +183,7 @@ def cancel(run: RunDir) -> list[str]:
     Raises:
         ServerError: Slurm could not be asked, or did not do it; jobs may be alive.
     """
-    run.slurm.root.joinpath("cancelled").touch()
+    run.slurm.cancelled.touch()
     found: list[str] = []
     for job in jobs_of(run):
         state = known_state_of(job)

@@ -120,8 +120,8 @@ def resume(run: RunDir) -> str:
             f"job {living.job} is {living.state}",
             "wait for it, or opd cancel it",
         )
-    for name in ("cancelled", "begin_failures"):
-        (run.slurm.root / name).unlink(missing_ok=True)
+    for path in (run.slurm.cancelled, run.slurm.root / "begin_failures"):
+        path.unlink(missing_ok=True)
     job = queue.submit_script(run.slurm.script)
     queue.add_job(run, job)
     return job
