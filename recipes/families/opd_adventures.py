@@ -2,9 +2,9 @@
 
 After "On-Policy Distillation Adventures" (Zhao 2026, https://andrewzh112.github.io/opd_adventures), Table 1:
 DeepMath-103K, responses of at most 8,192 tokens, 128 prompts x 4 responses a step, learning rate 1e-5, sampled-token
-reverse KL with masked importance weights (IcePop) in [0.5, 2.0]; evaluation at temperature 0.7 with 8 responses a
-problem. 805 steps are one epoch. The published raw logs of that run show 2,048 responses a step and 201 steps an
-epoch: the variant `512prompts` follows the logs.
+reverse KL with masked importance weights (IcePop) in [0.5, 2.0]; evaluation at temperature 0.7 and top-p 0.9 with 8
+responses a problem. 805 steps are one epoch. The published raw logs of that run show 2,048 responses a step and 201
+steps an epoch: the variant `512prompts` follows the logs.
 
 A Base student ends with another token than an Instruct teacher; the alias lets the two swap places in its scores.
 """
@@ -58,7 +58,12 @@ def base_from_instruct(student: str, teacher: str) -> Recipe:
         batch=BatchConfig(prompts_per_step=128, rollouts_per_prompt=4, tokens_per_microbatch=9216),
         learner=LearnerConfig(distributed_optimizer=True, recompute=True, start_timeout_s=900.0),
         evaluation=EvaluationConfig(
-            grader="math_verify", every=40, problems=220, samples_per_problem=8, temperature=0.7
+            grader="math_verify",
+            every=40,
+            problems=220,
+            samples_per_problem=8,
+            temperature=0.7,
+            top_p=0.9,
         ),
         checkpoint=CheckpointConfig(every=40),
     )
