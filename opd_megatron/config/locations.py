@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from opd_megatron.config.schema import Recipe
@@ -64,6 +64,21 @@ def data_places(path: str, environment: Mapping[str, str]) -> tuple[Path, ...]:
     return tuple(root / path for root in _roots(DATA_VARIABLE, environment))
 
 
+def map_paths(recipe: Recipe, model: Callable[[str], str], file: Callable[[str], str]) -> Recipe:
+    """The recipe with `model` done to every model's path and `file` to every prompt file's."""
+    return dataclasses.replace(
+        recipe,
+        student=dataclasses.replace(recipe.student, path=model(recipe.student.path)),
+        teachers={
+            name: dataclasses.replace(teacher, path=model(teacher.path))
+            for name, teacher in recipe.teachers.items()
+        },
+        data=dataclasses.replace(
+            recipe.data, train=file(recipe.data.train), heldout=file(recipe.data.heldout)
+        ),
+    )
+
+
 def locate(recipe: Recipe, environment: Mapping[str, str] | None = None) -> Recipe:
     """Replace names of models and relative paths of prompt files by where they lie; what is nowhere stays as it is."""
     variables = os.environ if environment is None else environment
@@ -78,17 +93,7 @@ def locate(recipe: Recipe, environment: Mapping[str, str] | None = None) -> Reci
             return path
         return next((str(p) for p in data_places(path, variables) if p.is_file()), path)
 
-    return dataclasses.replace(
-        recipe,
-        student=dataclasses.replace(recipe.student, path=model(recipe.student.path)),
-        teachers={
-            name: dataclasses.replace(teacher, path=model(teacher.path))
-            for name, teacher in recipe.teachers.items()
-        },
-        data=dataclasses.replace(
-            recipe.data, train=file(recipe.data.train), heldout=file(recipe.data.heldout)
-        ),
-    )
+    return map_paths(recipe, model, file)
 
 
 def how_to_get_model(name: str, environment: Mapping[str, str] | None = None) -> tuple[str, str]:

@@ -19,7 +19,7 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from opd_megatron.config.locations import locate
+from opd_megatron.config.locations import locate, map_paths
 from opd_megatron.config.overrides import apply_overrides
 from opd_megatron.config.schema import Recipe
 from opd_megatron.errors import ConfigError, did_you_mean
@@ -149,16 +149,4 @@ def resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
             return str((folder / path).resolve())
         return path
 
-    return dataclasses.replace(
-        recipe,
-        student=dataclasses.replace(recipe.student, path=absolute(recipe.student.path)),
-        teachers={
-            name: dataclasses.replace(teacher, path=absolute(teacher.path))
-            for name, teacher in recipe.teachers.items()
-        },
-        data=dataclasses.replace(
-            recipe.data,
-            train=absolute(recipe.data.train),
-            heldout=absolute(recipe.data.heldout),
-        ),
-    )
+    return map_paths(recipe, absolute, absolute)

@@ -6,7 +6,6 @@ writes the summary and the report. Its exit code is the run's.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import sys
 import time
@@ -18,12 +17,11 @@ from typing import Any
 from opd_megatron.atomic import write_json
 from opd_megatron.config.overrides import leaves
 from opd_megatron.config.resume import may_change
-from opd_megatron.config.run_yaml import read_run_yaml
 from opd_megatron.config.schema import Recipe
 from opd_megatron.controller import commit, records
 from opd_megatron.controller.core import Core, CoreSettings
+from opd_megatron.controller.entry import run_attempt
 from opd_megatron.controller.evaluation import Evaluator
-from opd_megatron.controller.heartbeat import beating
 from opd_megatron.controller.in_process import LearnerTeachers
 from opd_megatron.controller.publishing import Publisher
 from opd_megatron.controller.roles import Roles, open_roles, wait_for_learner, wait_for_servers
@@ -35,7 +33,7 @@ from opd_megatron.controller.teaching import Teaching, data_config
 from opd_megatron.data.chat import ChatTokenizer, load_chat_tokenizer
 from opd_megatron.data.prompts import PromptSet, load_prompts
 from opd_megatron.data.tokenizer_files import tokenizer_fingerprint
-from opd_megatron.errors import EXIT_DONE, ConfigError, OpdError, StorageError
+from opd_megatron.errors import ConfigError
 from opd_megatron.observe.console import RunConsole, result_line
 from opd_megatron.observe.report import render_report
 from opd_megatron.rundir import AttemptDir, RunDir
@@ -206,33 +204,5 @@ async def _train(
         roles.learner.tell_to_stop()
 
 
-async def _run(recipe: Recipe, run: RunDir, attempt_number: int) -> None:
-    async with beating(run.attempt(attempt_number).heartbeat):
-        await run_controller(recipe, run, attempt_number)
-
-
-def _report_error(error: OpdError) -> int:
-    print(f"opd: {error}", flush=True)
-    return error.exit_code
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="opd_megatron.controller.main")
-    parser.add_argument("--run-dir", type=Path, required=True)
-    parser.add_argument("--attempt", type=int, required=True)
-    arguments = parser.parse_args(argv)
-    run = RunDir(arguments.run_dir)
-    try:
-        asyncio.run(_run(read_run_yaml(run.run_yaml), run, arguments.attempt))
-    except OpdError as error:
-        return _report_error(error)
-    except OSError as error:
-        storage = StorageError.of(error)
-        if storage is None:
-            raise
-        return _report_error(storage)
-    return EXIT_DONE
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_attempt("opd_megatron.controller.main", run_controller))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import asyncio
 import sys
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
@@ -13,15 +11,13 @@ from rich.console import Console
 from rich.table import Table
 
 from opd_megatron.atomic import write_json
-from opd_megatron.config.run_yaml import read_run_yaml
 from opd_megatron.config.schema import Recipe
-from opd_megatron.controller.heartbeat import beating
+from opd_megatron.controller.entry import run_attempt
 from opd_megatron.controller.in_process import LearnerTeachers
 from opd_megatron.controller.probe import Probe, ProbeRow
 from opd_megatron.controller.roles import Roles, open_roles, wait_for_learner, wait_for_servers
 from opd_megatron.data.chat import load_chat_tokenizer
 from opd_megatron.data.prompts import load_prompts
-from opd_megatron.errors import EXIT_DONE, OpdError
 from opd_megatron.observe.console import RunConsole
 from opd_megatron.observe.formats import human_duration, human_value
 from opd_megatron.rundir import RunDir
@@ -139,24 +135,5 @@ def notes_of(rows: Sequence[ProbeRow]) -> list[str]:
     return lines
 
 
-async def _run(recipe: Recipe, run: RunDir, attempt: int) -> None:
-    async with beating(run.attempt(attempt).heartbeat):
-        await run_probe(recipe, run, attempt)
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="opd_megatron.controller.probe_main")
-    parser.add_argument("--run-dir", type=Path, required=True)
-    parser.add_argument("--attempt", type=int, required=True)
-    arguments = parser.parse_args(argv)
-    run = RunDir(arguments.run_dir)
-    try:
-        asyncio.run(_run(read_run_yaml(run.run_yaml), run, arguments.attempt))
-    except OpdError as error:
-        print(f"opd: {error}", flush=True)
-        return error.exit_code
-    return EXIT_DONE
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_attempt("opd_megatron.controller.probe_main", run_probe))

@@ -49,7 +49,7 @@ class FaultyRoute:
         self._alive = alive
 
     async def offer(self, version: int, probe_tokens: Sequence[Sequence[int]]) -> Offer:
-        raise NotImplementedError
+        raise AssertionError("an update is given its offer")
 
     async def _do(self, part: str) -> None:
         self.parts.append(part)
