@@ -1,4 +1,4 @@
-"""Signs of life between processes (Linux): dying with a parent, adopting orphans, and a heartbeat file.
+"""Signs of life between processes (Linux): a name, dying with a parent, adopting orphans, and a heartbeat file.
 
 A process that hangs does not die, so the kernel says nothing. The heartbeat is a file whose modification time its
 owner changes every second; a watcher counts how long it has stood still, by its own clock, since file systems
@@ -16,7 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 BEAT_S = 1.0
+# What a learner rank is called, before its number; a forked rank has the command line of its torchrun.
+RANK_NAME = "opd-rank"
 _PR_SET_PDEATHSIG = 1
+_PR_SET_NAME = 15
 _PR_SET_CHILD_SUBREAPER = 36
 # A watcher that was itself suspended must not take its own absence for its ward's.
 _LONGEST_LOOK_S = 2.0
@@ -25,6 +28,11 @@ _LONGEST_LOOK_S = 2.0
 def _prctl(option: int, value: int, name: str) -> None:
     if ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), f"prctl({name}) failed")
+
+
+def take_name(name: str) -> None:
+    """What `ps -o comm`, `top` and psutil call this process; the kernel keeps 15 bytes."""
+    ctypes.CDLL(None).prctl(_PR_SET_NAME, ctypes.create_string_buffer(name.encode()[:15]), 0, 0, 0)
 
 
 def die_with_parent(expected_parent: int | None = None) -> None:

@@ -72,13 +72,14 @@ def server_role(
 def learner_role(
     recipe: Recipe, run_yaml: Path, mailbox: Path, log: Path, ranks: int | None = None
 ) -> RoleCommand:
-    """The torchrun of one node; ranks on CPU use one thread and gloo on the loopback interface.
+    """The torchrun of one node; ranks on CPU are forked, use one thread and gloo on the loopback interface.
 
     Args:
         ranks: how many of the world's ranks this node has; None: all.
     """
     argv = [
         *(sys.executable, "-m", "opd_megatron.megatron.torchrun"),
+        *(["--opd-fork"] if recipe.device == "cpu" else []),
         *("--nproc-per-node", str(ranks or recipe.learner.world_size)),
         *("-m", "opd_megatron.megatron.learner"),
         *("--run-yaml", str(run_yaml), "--mailbox", str(mailbox)),

@@ -32,7 +32,7 @@ from opd_megatron.config.run_yaml import read_run_yaml
 from opd_megatron.config.schema import Recipe
 from opd_megatron.errors import OpdError
 from opd_megatron.exchange import mailbox
-from opd_megatron.lifeline import die_with_parent, end_at_parents_request
+from opd_megatron.lifeline import RANK_NAME, die_with_parent, end_at_parents_request, take_name
 
 if TYPE_CHECKING:
     from opd_megatron.megatron.state import LearnerState
@@ -160,6 +160,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     die_with_parent(int(os.environ.get(AGENT_PID) or os.getppid()))
     end_at_parents_request()
+    take_name(f"{RANK_NAME}-{os.environ.get('RANK', '')}")
     # Where does a rank hang? Its launcher asks before it ends the rank (launch/slurm/stacks.py).
     faulthandler.register(signal.SIGUSR1)
     log.setLevel(logging.INFO)

@@ -1,6 +1,7 @@
 """torchrun, unchanged but for its store, which listens on one address only: loopback, or that of the first node.
 
-    python -m opd_megatron.megatron.torchrun --nproc-per-node N [--opd-nodes NODES,INDEX,ADDRESS,PORT] -m MODULE ARGS
+    python -m opd_megatron.megatron.torchrun [--opd-fork] [--opd-nodes NODES,INDEX,ADDRESS,PORT]
+        --nproc-per-node N (-m MODULE | SCRIPT) ARGS
 
 `torchrun --standalone` opens two stores on every network interface, without authentication. torch takes no address
 for a store, but takes a listening socket, and torchrun takes rendezvous handlers by name; this registers one whose
@@ -8,17 +9,27 @@ store is given such a socket, and which the ranks share instead of opening their
 offers the store and the places are known beforehand, so nothing is negotiated. Left out: restarts, since a run that
 lost a rank goes on from its last commit.
 
+`--opd-fork`, for ranks on a CPU: torch and Megatron-Core are imported once, here, and the ranks are forked from this
+process, which is torchrun's own way of starting functions. Most of a tiny learner's start is imports. CUDA does not
+survive a fork, so on a GPU each rank is a new Python, as under any torchrun.
+
     https://docs.pytorch.org/docs/stable/elastic/rendezvous.html#registry
 """
 
 from __future__ import annotations
 
+import importlib
 import os
+import runpy
+import signal
 import socket
 import sys
+import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.elastic.rendezvous import (
     RendezvousHandler,
     RendezvousInfo,
@@ -26,13 +37,24 @@ from torch.distributed.elastic.rendezvous import (
     RendezvousStoreInfo,
     rendezvous_handler_registry,
 )
+from torch.distributed.launcher.api import elastic_launch
+from torch.distributed.run import config_from_args, parse_args
 from torch.distributed.run import main as torchrun
+
+from opd_megatron.importing import without_collections
 
 BACKEND = "opd_one_address"
 # The ranks end with this process, whose id they compare with that of their parent (learner.AGENT_PID).
 _AGENT_PID = "OPD_TORCHRUN_PID"
 _LOOPBACK = "127.0.0.1"
 _NODES = "--opd-nodes"
+FORK = "--opd-fork"
+# What forked ranks find imported: all of the learner but its entry.
+_LEARNER = (
+    "opd_megatron.megatron.cpu_shim",
+    "opd_megatron.megatron.state",
+    "opd_megatron.megatron.commands",
+)
 
 
 @dataclass(frozen=True)
@@ -106,15 +128,51 @@ def _take_nodes(argv: list[str]) -> tuple[Nodes, list[str]]:
     return Nodes(int(count), int(index), address, int(port)), argv[:at] + argv[at + 2 :]
 
 
+def _import_learner() -> None:
+    # Megatron-Core warns of everything that a CPU has not.
+    with without_collections(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in _LEARNER:
+            importlib.import_module(name)
+
+
+def _be_a_rank(entry: str, is_module: bool, argv: list[str]) -> None:
+    """In the forked process: what a new Python would do with this command line."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
+    sys.argv = [entry, *argv]
+    if is_module:
+        runpy.run_module(entry, run_name="__main__", alter_sys=True)
+    else:
+        sys.path[0] = str(Path(entry).resolve().parent)
+        runpy.run_path(entry, run_name="__main__")
+
+
+def _fork(argv: list[str]) -> None:
+    """What torchrun's main does, with a function in place of a command."""
+    arguments = parse_args(argv)
+    config, _, _ = config_from_args(arguments)
+    config.start_method = "fork"
+    _import_learner()
+    entry = (arguments.training_script, arguments.module, arguments.training_script_args)
+    elastic_launch(config, _be_a_rank)(*entry)
+
+
 def main(argv: list[str]) -> None:
-    """Run torchrun's own main with this rendezvous; it ends the process."""
+    """Run torchrun with this rendezvous."""
     nodes, argv = _take_nodes(argv)
+    forks = FORK in argv
     os.environ[_AGENT_PID] = str(os.getpid())
     rendezvous_handler_registry.register(BACKEND, lambda p: OneAddressRendezvous(p, nodes))
     # The same for all nodes of a world.
     name = str(os.getpid()) if nodes.count == 1 else f"{nodes.address}:{nodes.port}"
     own = ["--rdzv-backend", BACKEND, "--rdzv-id", name, "--nnodes", str(nodes.count)]
-    torchrun([*own, "--max-restarts", "0", *argv])
+    argv = [*own, "--max-restarts", "0", *(part for part in argv if part != FORK)]
+    if forks:
+        record(_fork)(argv)
+    else:
+        torchrun(argv)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from opd_megatron.errors import EXIT_CONFIG, EXIT_RETRY, ConfigError
+from opd_megatron.importing import without_collections
 from opd_megatron.serving.keys import read_keys
 
 _PR_SET_PDEATHSIG = 1
@@ -132,15 +133,16 @@ def main(argv: Sequence[str]) -> None:
         import_only(Path(parsed.sglang[parsed.sglang.index("--model-path") + 1]))
         prepare_cpu()
     store = start_loopback_store()
-
-    from sglang.srt.server_args import prepare_server_args
+    with without_collections():
+        # What `run_server` starts; its imports include all that the workers need.
+        import sglang.srt.entrypoints.http_server  # noqa: F401  # pyright: ignore[reportUnusedImport]
+        from sglang.launch_server import run_server
+        from sglang.srt.server_args import prepare_server_args
 
     address = ["--host", parsed.host, "--port", str(parsed.port), "--nccl-port", str(store.port)]
     arguments = prepare_server_args([*parsed.sglang, "--device", parsed.device, *address])
     arguments.api_key = keys.api
     arguments.admin_api_key = keys.admin
-
-    from sglang.launch_server import run_server
 
     # Without a warm-up request SGLang posts this to itself before its socket listens: harmless,
     # but it leaves a traceback in the log.

@@ -83,7 +83,7 @@ def _learner_scores(
     for name, model in (("student", student), ("teacher", teacher)):
         (work / name).symlink_to(model)
     worker = str(Path(__file__).with_name("megatron_teacher_worker.py"))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launch = [sys.executable, "-m", "opd_megatron.megatron.torchrun", "--opd-fork"]
     run = subprocess.run(
         [*launch, "--nproc-per-node", "2", worker, str(work), "served"],
         cwd=REPOSITORY,

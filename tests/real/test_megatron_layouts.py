@@ -42,7 +42,7 @@ cases = _load_cases()
 
 
 def _run(work: Path, ranks: int, *what: str, timeout_s: float = 850) -> dict[str, Results]:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launch = [sys.executable, "-m", "opd_megatron.megatron.torchrun", "--opd-fork"]
     worker = str(HERE / "megatron_worker.py")
     run = subprocess.run(
         [*launch, "--nproc-per-node", str(ranks), worker, str(work), *what],

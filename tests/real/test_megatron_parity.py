@@ -23,7 +23,7 @@ Results = dict[str, dict[str, float]]
 @pytest.fixture(scope="module")
 def differences(tmp_path_factory: pytest.TempPathFactory) -> Results:
     work = tmp_path_factory.mktemp("parity")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launch = [sys.executable, "-m", "opd_megatron.megatron.torchrun", "--opd-fork"]
     run = subprocess.run(
         [*launch, "--nproc-per-node", "2", str(WORKER), str(work), "parity"],
         cwd=REPOSITORY,

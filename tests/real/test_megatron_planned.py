@@ -33,7 +33,7 @@ LAYOUTS = [
 @pytest.fixture(scope="module")
 def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     work = tmp_path_factory.mktemp("planned")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launch = [sys.executable, "-m", "opd_megatron.megatron.torchrun", "--opd-fork"]
     worker = str(HERE / "megatron_planned_worker.py")
     run = subprocess.run(
         [*launch, "--nproc-per-node", "2", worker, str(work), "planned"],

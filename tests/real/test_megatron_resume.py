@@ -25,7 +25,7 @@ LAYOUTS = [pytest.param(name, marks=[] if name == FIRST else pytest.mark.slow) f
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_split_of_20_steps_ends_at_the_same_bits(tmp_path: Path, layout: str) -> None:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launch = [sys.executable, "-m", "opd_megatron.megatron.torchrun", "--opd-fork"]
     run = subprocess.run(
         [*launch, "--nproc-per-node", "2", str(WORKER), str(tmp_path), layout],
         cwd=REPOSITORY,

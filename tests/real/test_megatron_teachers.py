@@ -35,7 +35,7 @@ OBJECTIVES = {
 
 
 def _run(work: Path, ranks: int, timeout_s: float) -> dict[str, Any]:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launch = [sys.executable, "-m", "opd_megatron.megatron.torchrun", "--opd-fork"]
     worker = str(HERE / "megatron_teacher_worker.py")
     run = subprocess.run(
         [*launch, "--nproc-per-node", str(ranks), worker, str(work), "teachers"],

@@ -172,7 +172,7 @@ def _start_learner(work: Path, model: Path) -> subprocess.Popen[bytes]:
     with (work / "learner.log").open("wb") as log:
         return subprocess.Popen(
             [
-                *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+                *(sys.executable, "-m", "opd_megatron.megatron.torchrun", "--opd-fork"),
                 *("--nproc-per-node", "2", str(worker), str(work), str(model)),
             ],
             cwd=REPOSITORY,

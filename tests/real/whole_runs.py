@@ -18,6 +18,7 @@ import psutil
 
 from opd_megatron.controller import commit
 from opd_megatron.launch.members import ATTEMPT_VARIABLE, scratch_folder
+from opd_megatron.lifeline import RANK_NAME
 from opd_megatron.rundir import RunDir
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -111,8 +112,9 @@ def of_role(run: RunDir, role: str) -> list[psutil.Process]:
     found = []
     for process in members(run):
         line = command_line(process)
-        # torchrun's own command line names the learner too.
-        if all(word in line for word in words) and (role != "rank" or "torchrun" not in line):
+        # A rank is forked from torchrun and has its command line.
+        is_rank = process.is_running() and process.name().startswith(RANK_NAME)
+        if all(word in line for word in words) and is_rank == (role == "rank"):
             found.append(process)
     return [
         *found,

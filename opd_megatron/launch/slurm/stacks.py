@@ -12,18 +12,17 @@ import time
 import psutil
 
 from opd_megatron.launch.members import ATTEMPT_VARIABLE
+from opd_megatron.lifeline import RANK_NAME
 
-_RANK = "opd_megatron.megatron.learner"
 _WRITING_S = 0.5
 
 
 def ranks(identity: str) -> list[psutil.Process]:
-    """Learner ranks among the members of an agent; torchrun, whose command line names them, is not one."""
+    """Learner ranks among the members of an agent."""
     found: list[psutil.Process] = []
     for process in psutil.process_iter():
         try:
-            line = process.cmdline()
-            is_rank = _RANK in line and "--nproc-per-node" not in line
+            is_rank = process.name().startswith(RANK_NAME)
             if is_rank and process.environ().get(ATTEMPT_VARIABLE) == identity:
                 found.append(process)
         except (psutil.NoSuchProcess, psutil.AccessDenied, OSError):
