@@ -159,6 +159,18 @@ def _refused(error: Exception) -> ValueError:
     return ValueError(f"the student's chat template or tokenizer refuses it: {error}")
 
 
+def _load(directory: Path) -> PreTrainedTokenizerBase:
+    if (directory / "tokenizer.json").is_file():
+        # The very file that the fingerprint is of. AutoTokenizer would choose a class by name, which may build
+        # another pre-tokenizer than the file has, and imports torch to do so.
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+
+
 def load_chat_tokenizer(
     directory: Path, key: str = "student.path", *, thinking: str = "template"
 ) -> ChatTokenizer:
@@ -171,10 +183,8 @@ def load_chat_tokenizer(
         ConfigError: the tokenizer cannot be loaded or has no chat template.
     """
     fingerprint = tokenizer_fingerprint(directory, key)
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        tokenizer = _load(directory)
     except (OSError, ValueError) as error:
         raise ConfigError.of(
             key, str(directory), f"its tokenizer does not load ({error})", "copy the model again"
