@@ -36,7 +36,7 @@ demo: install ## Run the demo recipe: a tiny student learns from a tiny teacher
 .PHONY: test
 test: install-launch slurm ## Run the whole CPU suite
 	$(PYTEST) -m "not real and not many and not gpu and not slow" -n $(TEST_JOBS)
-	$(PYTEST) -m "(real or many) and not gpu and not slow and not transformer_engine" -n $(TEST_JOBS) --dist loadfile --durations=10
+	$(PYTEST) -m "(real or many) and not gpu and not slow and not transformer_engine" -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder --durations=10
 
 .PHONY: test-slow
 test-slow: install-launch ## Run the tests that take minutes each

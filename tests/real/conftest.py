@@ -13,6 +13,27 @@ sys.path.insert(0, str(Path(__file__).parent))
 from slurm_cluster import Cluster, missing_programs
 
 SLURM_NODES = 5
+# Minutes each. They start first, so that none is left to run alone at the end.
+LONGEST = (
+    "test_slurm_jobs.py",
+    "test_slurm_nemo.py",
+    "test_megatron_commits.py",
+    "test_overlap_runs.py",
+    "test_whole_run.py",
+    "test_megatron_learner.py",
+    "test_megatron_layouts.py",
+    "test_weight_sync.py",
+    "test_minimal_opd.py",
+    "test_faults.py",
+    "test_megatron_resume.py",
+    "test_probe.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Needs `--no-loadscope-reorder`: xdist would start the file with the most tests first."""
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
 
 
 @pytest.fixture(scope="session")

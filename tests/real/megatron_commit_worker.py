@@ -11,6 +11,7 @@ the state changes while they are under way. WORK/<what>.json holds what happened
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import os
 import random
@@ -310,6 +311,7 @@ def main() -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
     cpu_shim.install()
+    gc.freeze()  # a child need not search what was imported
     work.mkdir(parents=True, exist_ok=True)
     moment = what.removeprefix("background_")
     recipe = recipe_for(write_model(work / "student", **SMALL), background=moment != what)
