@@ -112,7 +112,7 @@ def to_markdown(record: dict[str, Any]) -> str:
         *("mode, max_staleness", "runs", "s/step", "of it the learner", "mean token age"),
         *("oldest", "samples of several versions", "masked tokens", "final accuracy"),
     ]
-    return f"{head}\n{table(columns, rows)}"
+    return "\n".join([head, *table(columns, rows)])
 
 
 def main() -> None:

@@ -4,6 +4,7 @@
 
 VENV holds the package alone (`pip install sglang-router==0.3.2`); nothing of it is in this repository. Two servers of
 the demo's student; every case is carried out by our client, through our pool or through the router as its one server.
+The router takes one name a request, not a list, so a group goes through it as requests of one sequence each.
 
     latency    one token for one prompt, one request after the other: what a hop costs
     mixed      many requests, a few long and many short, at once: how well the load is spread
@@ -37,7 +38,7 @@ from benchmarks import environment
 from benchmarks.report import table, write_between_markers
 from opd_megatron.config.schema import ServerConfig
 from opd_megatron.errors import OpdError
-from opd_megatron.serving.client import Sampling, SglangClient
+from opd_megatron.serving.client import Sampling, SglangClient, score_body
 from opd_megatron.serving.command import server_command
 from opd_megatron.serving.keys import ServerKeys, new_keys, write_keys
 from opd_megatron.serving.pool import ServerPool
@@ -173,17 +174,25 @@ async def dead(asker: Asker, victim: psutil.Popen, name: str) -> dict[str, Any]:
     }
 
 
-async def routes(client: SglangClient) -> dict[str, str]:
-    """What the weight update and the pool need of one particular server."""
+async def routes(client: SglangClient, keys: ServerKeys) -> dict[str, str]:
+    """What teachers, the weight update and the pool need of one particular server."""
 
     async def try_it(work: Any) -> str:
         try:
             await work
         except OpdError as error:
-            return f"refused: {str(error)[-120:]}"
+            return f"refused: status {str(error).partition('status ')[2][:130].strip(': ')}"
         return "answered, by one server or all"
 
+    sampling = FixedLength(temperature=1.0, max_new_tokens=1)
+    async with SglangClient("router", client.url, keys, vocab_size=VOCAB) as plain:
+        group = await try_it(plain.generate([_prompt(1)] * 2, sampling, ["one", "two"]))
+    body = score_body([(_prompt(1), (4, 5, 6))], ["compact"], TOPK)
+    (answer,) = await client._http.request_once("POST", "/generate", key=keys.api, body=body)
+    is_compact = "input_top_logprobs_val_flat_b64" in answer["meta_info"]
     return {
+        "a group in one request": group,
+        "top-K in base64": "comes through" if is_compact else "lost: the answer has nested lists",
         "model_info": await try_it(client.model_info()),
         "weights: label": await try_it(client.weights.set_label("5", 10.0)),
         "weights: pause": await try_it(client.weights.pause(10.0)),
@@ -234,6 +243,28 @@ class Scene:
             server.wait(10)
 
 
+class RouterClient(SglangClient):
+    """Sends the sequences of a call one by one, side by side."""
+
+    def __init__(self, url: str, keys: ServerKeys) -> None:
+        super().__init__("router", url, keys, vocab_size=VOCAB, timeout_s=120.0)
+        self._send_batch = self._http.request_once
+        self._http.request_once = self._one_by_one
+
+    async def _one_by_one(self, method: str, route: str, **options: Any) -> Any:
+        batch = options.pop("body", None)
+        if route != "/generate":
+            return await self._send_batch(method, route, body=batch, **options)
+        lists = {k: v for k, v in batch.items() if k in ("input_ids", "rid", "logprob_start_len")}
+        alone = [
+            self._send_batch(
+                method, route, body=batch | {k: v[n] for k, v in lists.items()}, **options
+            )
+            for n in range(len(batch["rid"]))
+        ]
+        return await asyncio.gather(*alone)
+
+
 async def _through_router(client: SglangClient) -> None:
     """Until it passes a request on."""
     deadline = time.monotonic() + 90.0
@@ -267,7 +298,7 @@ async def measure(scene: Scene, python: str) -> dict[str, Any]:
         if scene.servers[1].poll() is not None:
             await scene.replace(1)
         with router(python, policy, scene.urls(), scene.keys) as url:
-            async with scene.client("router", url) as client:
+            async with RouterClient(url, scene.keys) as client:
                 await _through_router(client)
                 result: dict[str, Any] = {
                     "latency": await latency(client),
@@ -277,7 +308,7 @@ async def measure(scene: Scene, python: str) -> dict[str, Any]:
                 if policy == POLICIES[0]:
                     result["dead"] = await dead(client, scene.servers[1], policy)
                 if policy == POLICIES[-1]:  # Last of all: it may leave the servers paused.
-                    found["routes"] = await routes(client)
+                    found["routes"] = await routes(client, scene.keys)
                 found[f"sglang-router, {policy}"] = result
     return found
 
@@ -305,9 +336,10 @@ def to_markdown(record: dict[str, Any]) -> str:
         *("top-32 of 3,840 tokens, s", "groups lost at a kill", "done after it, s"),
     ]
     reached = "\n".join(f"- `{name}`: {what}" for name, what in found["routes"].items())
+    lines = "\n".join(table(columns, rows))
     return (
         f"- {machine['cpu']}, {machine['cores']} cores; {record['router']}; commit {machine['commit']}, "
-        f"{machine['date']}, load average at the start {machine['load_average_at_start']}\n\n{table(columns, rows)}\n\n"
+        f"{machine['date']}, load average at the start {machine['load_average_at_start']}\n\n{lines}\n\n"
         f"What a run asks of one server, asked of the router:\n\n{reached}"
     )
 

@@ -80,14 +80,14 @@ def requests(tokens: Sequence[int], topk: Sequence[int]) -> list[Request]:
     return made
 
 
-def write_model(directory: Path, context: int) -> None:
+def write_model(directory: Path, context: int, hidden: int = 32, layers: int = 1) -> None:
     """A random Qwen3: what is measured does not depend on what it says."""
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=16,
@@ -101,16 +101,24 @@ def write_model(directory: Path, context: int) -> None:
 
 
 @contextmanager
-def serving(folder: Path, context: int) -> Iterator[tuple[str, ServerKeys]]:
+def serving(
+    folder: Path,
+    context: int,
+    *,
+    max_total_tokens: int = 0,
+    hidden: int = 32,
+    layers: int = 1,
+    more_arguments: Sequence[str] = (),
+) -> Iterator[tuple[str, ServerKeys]]:
     """A server of its own on loopback, ended at the end: (base URL, keys)."""
-    write_model(folder / "model", context)
+    write_model(folder / "model", context, hidden, layers)
     keys = new_keys()
     write_keys(folder / "keys.json", keys)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     config = ServerConfig(
         context_length=context,
-        max_total_tokens=2 * context,
+        max_total_tokens=max_total_tokens or 2 * context,
         dtype="float32",
         mem_fraction_static=0.1,
     )
@@ -125,7 +133,10 @@ def serving(folder: Path, context: int) -> Iterator[tuple[str, ServerKeys]]:
     )
     with (folder / "server.log").open("wb") as log:
         process = subprocess.Popen(
-            command.argv, env={**os.environ, **command.env}, stdout=log, stderr=log
+            [*command.argv, *more_arguments],
+            env={**os.environ, **command.env},
+            stdout=log,
+            stderr=log,
         )
         try:
             yield f"http://127.0.0.1:{port}", keys

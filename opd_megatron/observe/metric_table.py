@@ -123,8 +123,9 @@ METRICS: tuple[Metric, ...] = (
     Metric("task/reward_mean", "1", _MEAN, _LEARNER,
            "Mean reward of the responses of the step (task.coefficient > 0 only)."),
     Metric("teacher/entropy_topk", "nats", _MEAN, _LEARNER,
-           "Entropy of the teacher's next-token distribution, known at its top-K, all other tokens "
-           "as one: a lower bound."),
+           "Entropy of the teacher's next-token distribution, known at the K tokens that it sent, all others "
+           "as one: a lower bound, off by at most rest * log(V - K), with rest = 1 - the teacher's mass "
+           "on the K; absent where served teachers are asked for the sampled tokens alone."),
     Metric("teacher/entropy", "nats", _MEAN, _LEARNER,
            "Entropy of the next-token distribution of teachers inside the learner, exact."),
     # How far the data is from the policy that is trained.

@@ -33,6 +33,7 @@ from opd_megatron.serving.contract import (
 )
 from opd_megatron.serving.fields import broken, parse_version
 from opd_megatron.serving.keys import ServerKeys
+from opd_megatron.serving.prefix import read_first, to_read_first
 from opd_megatron.serving.transport import HttpTransport
 from opd_megatron.serving.weight_admin import STALE_LABEL, WeightAdmin
 
@@ -185,6 +186,8 @@ class SglangClient:
         for prompt in prompts:
             self._check_ids("prompt", prompt)
         self._check_ids("stop_token_ids", sampling.stop_token_ids)
+        shared = to_read_first([(prompt, ()) for prompt in prompts])
+        await read_first(self._http, self._keys.api, shared)
 
         async def attempt(number: int) -> list[Generation]:
             wire = _wire_ids(rids, number)
@@ -265,6 +268,7 @@ class SglangClient:
         scores = [_empty_score(topk)] * len(sequences)
         if sent:
             chosen = [sequences[position] for position in sent]
+            await read_first(self._http, self._keys.api, to_read_first(chosen))
             for position, score in zip(sent, await self._score(chosen, topk), strict=True):
                 scores[position] = score
         return scores

@@ -1,7 +1,6 @@
 """Rollouts to teacher scores: each is scored once, by prefill, by the teacher of its route.
 
-Samples of one prompt go out next to each other, where a server may share their prefix. Sequences of one call do not:
-SGLang 0.5.23 with its default schedule took 0 of 80 shared tokens from its cache for four of them (one CPU server).
+Samples of one prompt go out next to each other, so that a server computes the prompt once (`serving/prefix.py`).
 Calls of a teacher spread over its servers (`serving/pool.py`), a few in flight for each. Servers score at temperature
 1; another teacher temperature needs the whole distribution (`temperature.py`).
 """

@@ -21,6 +21,7 @@ import numpy as np
 import psutil
 import pytest
 from inside_learner import asked_twice
+from prefix_reuse import cached_tokens
 from record_answers import record
 from sampling_identity import measured
 from served_targets import check_targets
@@ -224,6 +225,14 @@ def test_teacher_scores_come_back_in_the_order_of_the_rollouts(server: Fixture) 
         wanted_TV = reference_logprobs(server.models["first"], ids)[len(rollout.prompt_ids) - 1 :]
         wanted = of_ids(wanted_TV, rollout.response_ids)
         assert np.allclose(scores.sampled_logprobs, wanted, atol=TOLERANCE_NATS)
+
+
+def test_a_group_computes_its_prompt_once(server: Fixture) -> None:
+    prompt = tuple(2 + (position * position) % 47 for position in range(100))
+    responses = [tuple(range(10 + n, 18 + n)) for n in range(8)]
+    both = call(server, lambda client: cached_tokens(client, prompt, responses))
+    # All but the last prompt token, whose distribution is asked for; the prompt alone has to compute it.
+    assert [sorted(cached) for cached in both] == [[0, *[len(prompt) - 1] * 8]] * 2
 
 
 def test_an_id_outside_the_vocabulary_is_refused_before_it_is_sent(server: Fixture) -> None:

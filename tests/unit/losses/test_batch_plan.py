@@ -364,5 +364,9 @@ def test_topk_entropy_is_a_lower_bound_and_exact_when_nothing_is_missing() -> No
     bounds = [topk_entropy(ordered[:, :k]).double() for k in range(1, 9)]
     for smaller, larger in itertools.pairwise(bounds):
         assert bool((smaller <= larger + 1e-6).all())
+    # What docs/metrics.md says of the distance: the rest can be spread evenly at most.
+    for k, bound in enumerate(bounds, start=1):
+        rest = 1.0 - ordered[:, :k].exp().sum(1)
+        assert bool((exact <= bound + rest * math.log(9 - k) + 1e-6).all())
     certain = torch.tensor([[0.0, -math.inf]])
     assert float(topk_entropy(certain)) == 0.0
