@@ -32,6 +32,8 @@ COUNTED_AS = {
     "version": "version",
 }
 FAULTS = (*COUNTED_AS, "400", "429", "503", "slow")
+# Not injected: on a busy machine the caller's patience may end before an honest answer comes.
+LATE = "late"
 SLOW_S = 0.3
 
 
@@ -94,7 +96,9 @@ class FaultProxy:
 
     async def __aenter__(self) -> FaultProxy:
         self._session = aiohttp.ClientSession()
-        self._runner = web.ServerRunner(web.Server(self._handle), shutdown_timeout=0.1)
+        self._runner = web.ServerRunner(
+            web.Server(self._handle, handler_cancellation=True), shutdown_timeout=0.1
+        )
         await self._runner.setup()
         await web.TCPSite(self._runner, "127.0.0.1", 0).start()
         self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
@@ -120,6 +124,9 @@ class FaultProxy:
             self.injected[kind] += 1
         try:
             status, raw = await self._forward(request)
+        except asyncio.CancelledError:  # the caller is gone
+            self.injected[LATE] += request.path == "/generate"
+            raise
         except aiohttp.ClientError:  # the real server is gone
             assert request.transport is not None
             request.transport.abort()
