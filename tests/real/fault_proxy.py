@@ -119,10 +119,10 @@ class FaultProxy:
         if kind == "hang":
             self.injected[kind] += 1
             await asyncio.sleep(3600)
-        if kind == "slow":
-            await asyncio.sleep(SLOW_S)
-            self.injected[kind] += 1
         try:
+            if kind == "slow":
+                await asyncio.sleep(SLOW_S)
+                self.injected[kind] += 1
             status, raw = await self._forward(request)
         except asyncio.CancelledError:  # the caller is gone
             self.injected[LATE] += request.path == "/generate"
