@@ -84,10 +84,9 @@ def test_layout_gives_the_loss_gradient_and_weights_of_one_process(
 
 @pytest.fixture(scope="module")
 def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return _run(tmp_path_factory.mktemp("layouts1"), 1, "layouts")
+    return _run(tmp_path_factory.mktemp("layouts1"), 1, "layouts")["layouts"]
 
 
-@pytest.mark.slow  # in every run of the suite: test_minimal_opd, for the sampled token
 @pytest.mark.parametrize("layout", cases.CASES[1])
 @pytest.mark.parametrize("objective", cases.OBJECTIVES)
 def test_one_process_gives_the_loss_gradient_and_weights_of_transformers(
@@ -101,7 +100,6 @@ def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> Results:
     return _run(tmp_path_factory.mktemp("layouts4"), 4, "layouts")["layouts"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("layout", cases.CASES[4])
 @pytest.mark.parametrize("objective", cases.OBJECTIVES)
 def test_combined_layout_gives_the_loss_gradient_and_weights_of_one_process(
