@@ -12,6 +12,7 @@ The state of the controller that goes into a commit is taken when it begins.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 from opd_megatron.config.schema import CheckpointConfig
 from opd_megatron.controller import commit
 from opd_megatron.controller.learner_link import LearnerLink
+from opd_megatron.errors import RoleDied
 
 # Between two questions whether all ranks have written; a question takes the learner milliseconds between steps.
 _ASK_AGAIN_S = 0.1
@@ -79,7 +81,13 @@ class Committer:
             self._under_way.cancel()
 
     async def _complete(self, step: int, state: dict[str, Any]) -> None:
+        limit_s, begin = self._learner.timeout_s, time.monotonic()
         while (await self._learner.ask("finish_save"))["files"] is None:
+            if time.monotonic() - begin > limit_s:
+                raise RoleDied(
+                    f"learner: the commit of step {step} is not written after {limit_s:.0f} s "
+                    f"(learner.step_timeout_s); a rank or its file system hangs"
+                )
             await asyncio.sleep(_ASK_AGAIN_S)
         await self._finish(step, state)
 

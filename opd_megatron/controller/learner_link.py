@@ -1,8 +1,13 @@
-"""The controller's end of the learner mailbox: send one command, wait for its answer, with a deadline."""
+"""The controller's end of the learner mailbox: send one command, wait for its answer, with a deadline.
+
+While a command goes through micro-batches or tensors the ranks' heartbeat (exchange/beats.py) is watched as well: a
+rank that hangs is found when nobody has moved for `hang_timeout_s`, however long the command may take.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +16,7 @@ from typing import Any
 from opd_megatron.atomic import read_json
 from opd_megatron.errors import EXIT_CONFIG, ConfigError, OpdError, RoleDied
 from opd_megatron.exchange import mailbox
+from opd_megatron.exchange.beats import WATCHED, RankWatch, last_beats
 
 
 class LearnerLink:
@@ -19,11 +25,13 @@ class LearnerLink:
     Args:
         folder: the mailbox of this attempt.
         timeout_s: how long one command may take.
+        hang_timeout_s: how long no rank may move during such a command.
     """
 
-    def __init__(self, folder: Path, timeout_s: float) -> None:
+    def __init__(self, folder: Path, timeout_s: float, hang_timeout_s: float = math.inf) -> None:
         self.folder = folder
         self.timeout_s = timeout_s
+        self.hang_timeout_s = hang_timeout_s
         self._number = 0
         self._lock = asyncio.Lock()
 
@@ -56,7 +64,7 @@ class LearnerLink:
         """Send a command and return its result.
 
         Raises:
-            RoleDied: no answer before the deadline.
+            RoleDied: no answer before the deadline, or no rank moves.
             OpdError: the learner answered with a failure, with its exit code.
         """
         async with self._lock:
@@ -64,11 +72,18 @@ class LearnerLink:
             number = self._number
             mailbox.post_command(self.folder, number, kind, **arguments)
             start = time.monotonic()
+            limit_s = self.hang_timeout_s if kind in WATCHED else math.inf
+            watch = RankWatch(self.folder, limit_s)
             while (answer := mailbox.read_answer(self.folder, number)) is None:
+                if watch.stand_still():
+                    raise RoleDied(
+                        f"learner hangs in {kind!r}: no rank has moved for {limit_s:g} s "
+                        f"(learner.hang_timeout_s); {last_beats(self.folder)}; see its log for their stacks"
+                    )
                 if time.monotonic() - start > self.timeout_s:
                     raise RoleDied(
                         f"learner: no answer to {kind!r} after {self.timeout_s:.0f} s "
-                        f"(learner.step_timeout_s); see its log"
+                        f"(learner.step_timeout_s); {last_beats(self.folder) or 'no rank was seen'}; see its log"
                     )
                 await asyncio.sleep(mailbox.POLL_S)
         if not answer["ok"]:

@@ -68,7 +68,9 @@ def open_roles(
             name: pool(f"teacher-{name}", teacher.server)
             for name, teacher in recipe.served_teachers.items()
         },
-        learner=LearnerLink(attempt.mailbox, recipe.learner.step_timeout_s),
+        learner=LearnerLink(
+            attempt.mailbox, recipe.learner.step_timeout_s, recipe.learner.hang_timeout_s
+        ),
     )
 
 

@@ -33,6 +33,7 @@ from opd_megatron.launch.roles import (
     write_endpoints,
 )
 from opd_megatron.launch.slurm.queue import refuse_living_job
+from opd_megatron.launch.stacks import dump_stacks
 from opd_megatron.launch.supervisor import (
     Interrupted,
     MainSigns,
@@ -222,6 +223,8 @@ def _supervise(
             supervisor.start(server_role(server, recipe, run, attempt, number))
         supervisor.start(controller_role(run, attempt, controller))
         code = supervisor.watch("controller", signs)
+        if with_learner and code == EXIT_RETRY:
+            dump_stacks(identity, say)
         if code not in (EXIT_DONE, EXIT_RETRY, EXIT_CONFIG):
             log = supervisor.log_of("controller")
             raise RoleDied(

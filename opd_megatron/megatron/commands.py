@@ -153,6 +153,7 @@ def publish_weights(state: LearnerState, command: Command) -> Result:
         Path(state.recipe.student.path),
         Path(command["directory"]),
         command["version"],
+        state.mark,
     )
     return {"bytes": size, "tensors": tensors, "probe_logprobs": probe_logprobs}
 

@@ -53,7 +53,12 @@ def compare(state: LearnerState, index: BatchIndex, read: ReadSamples) -> dict[s
         },
     )
     outputs = run_micro_batches(
-        state.models, state.groups, micro_batches, function, forward_only=True
+        state.models,
+        state.groups,
+        micro_batches,
+        function,
+        forward_only=True,
+        mark=state.mark,
     )
     values = in_batch_order(
         outputs, (*SCORE_NAMES, *_KLS), index.num_response_tokens, state.groups, state.device

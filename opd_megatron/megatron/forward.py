@@ -26,6 +26,7 @@ from opd_megatron.data.packing import (
 )
 from opd_megatron.errors import ContractError
 from opd_megatron.exchange.batch_file import BatchIndex, BatchSlice
+from opd_megatron.exchange.beats import Mark, unwatched
 from opd_megatron.megatron.parallel import Groups, Layout
 from opd_megatron.teacher.target import is_inside
 
@@ -145,8 +146,12 @@ def run_micro_batches(
     function: MicroFunction,
     *,
     forward_only: bool,
+    mark: Mark = unwatched,
 ) -> list[MicroOutput]:
     """Forward, and backward unless `forward_only`, over all micro-batches of this rank.
+
+    Args:
+        mark: told which micro-batch begins.
 
     Returns:
         One output per micro-batch on the last pipeline stage, nothing on others.
@@ -157,7 +162,9 @@ def run_micro_batches(
     def forward_step(
         batches: Iterator[MicroBatch], module: torch.nn.Module
     ) -> tuple[torch.Tensor, Callable[[torch.Tensor], Any]]:
-        batch = to_device(next(batches), groups, device)
+        micro = next(batches)
+        mark(f"micro-batch {micro.number + 1} of {len(micro_batches)}")
+        batch = to_device(micro, groups, device)
         output = module(
             batch.tokens_1T, batch.position_ids_1T, None, packed_seq_params=batch.documents
         )

@@ -4,8 +4,9 @@
 
 Rank 0 polls the mailbox and broadcasts each command over a gloo group; while there is none it
 broadcasts a heartbeat, so no rank waits in a collective for longer than a heartbeat plus one
-command. A rank that fails posts the failure as the answer (unless one is there) and ends; torchrun
-then ends the others. Ranks die with their parent.
+command. Every rank writes down what it begins, so that one that hangs is found (exchange/beats.py).
+A rank that fails posts the failure as the answer (unless one is there) and ends; torchrun then ends
+the others. Ranks die with their parent.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from opd_megatron.config.run_yaml import read_run_yaml
 from opd_megatron.config.schema import Recipe
 from opd_megatron.errors import OpdError
 from opd_megatron.exchange import mailbox
+from opd_megatron.exchange.beats import Mark, RankBeat, unwatched
 from opd_megatron.lifeline import RANK_NAME, die_with_parent, end_at_parents_request, take_name
 
 if TYPE_CHECKING:
@@ -53,16 +55,19 @@ class CommandLoop:
     Args:
         folder: the mailbox.
         group: a gloo group of all ranks.
+        mark: told that this rank waits.
     """
 
     folder: Path
     group: dist.ProcessGroup
     number: int = 1
+    mark: Mark = unwatched
 
     def next(self) -> dict[str, Any]:
         """The next command, on every rank."""
         box: list[dict[str, Any] | None] = [None]
         while box[0] is None:
+            self.mark(f"waiting for command {self.number}")
             if dist.get_rank() == 0:
                 box[0] = self._poll()
             dist.broadcast_object_list(box, src=0, group=self.group)
@@ -139,6 +144,7 @@ def serve(state: LearnerState, loop: CommandLoop) -> None:
         if command["kind"] == "stop":
             loop.answer({})
             return
+        state.mark(f"the start of {command['kind']}")
         result = run_command(state, command)
         loop.answer(result)
         log.info("%06d %s %.3f s", command["number"], command["kind"], time.perf_counter() - start)
@@ -161,7 +167,7 @@ def main(argv: list[str] | None = None) -> int:
     die_with_parent(int(os.environ.get(AGENT_PID) or os.getppid()))
     end_at_parents_request()
     take_name(f"{RANK_NAME}-{os.environ.get('RANK', '')}")
-    # Where does a rank hang? Its launcher asks before it ends the rank (launch/slurm/stacks.py).
+    # Where does a rank hang? Its launcher asks before it ends the rank (launch/stacks.py).
     faulthandler.register(signal.SIGUSR1)
     log.setLevel(logging.INFO)
     logging.basicConfig(
@@ -176,7 +182,9 @@ def main(argv: list[str] | None = None) -> int:
         timeout = datetime.timedelta(seconds=recipe.learner.step_timeout_s + 2 * HEARTBEAT_S)
         group = dist.new_group(backend="gloo", timeout=timeout)
         assert isinstance(group, dist.ProcessGroup)
-        loop = CommandLoop(arguments.mailbox, group)
+        state.mark = RankBeat(arguments.mailbox, dist.get_rank()).mark
+        loop = CommandLoop(arguments.mailbox, group, mark=state.mark)
+        state.mark("the start")
         _announce(state, arguments.mailbox)
         serve(state, loop)
     except (

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 
 from opd_megatron.atomic import write_json
+from opd_megatron.exchange.beats import Mark, unwatched
 from opd_megatron.megatron.architecture import CONFIG_FILE, Architecture
 from opd_megatron.megatron.hf import stream
 from opd_megatron.megatron.hf_names import hf_shapes
@@ -53,6 +54,14 @@ def _swap_in(temporary: Path, directory: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def _marked(
+    tensors: Iterator[tuple[str, torch.Tensor]], mark: Mark
+) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in tensors:
+        mark(f"publishing {name}")
+        yield name, tensor
+
+
 def publish(
     modules: Sequence[GPTModel],
     arch: Architecture,
@@ -60,6 +69,7 @@ def publish(
     student_path: Path,
     directory: Path,
     version: int,
+    mark: Mark = unwatched,
 ) -> tuple[int, int]:
     """Write the current weights as a Hugging Face directory. Collective; rank 0 writes.
 
@@ -67,11 +77,12 @@ def publish(
         student_path: where config, tokenizer and templates come from.
         directory: the new directory; its parent exists.
         version: weight version, kept in the header of every weight file.
+        mark: told of every tensor, on rank 0.
 
     Returns:
         (bytes of the weight files, tensors); (0, 0) on other ranks than 0.
     """
-    tensors = stream(modules, arch, groups)
+    tensors = _marked(stream(modules, arch, groups), mark)
     if dist.get_rank() != 0:
         for _ in tensors:
             raise AssertionError("only rank 0 receives tensors")

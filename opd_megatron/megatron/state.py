@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from opd_megatron.config.schema import Recipe
 from opd_megatron.errors import ConfigError, ContractError
+from opd_megatron.exchange.beats import Mark, unwatched
 from opd_megatron.losses.settings import LossSettings
 from opd_megatron.losses.token_loss import TokenLoss, make_token_loss
 from opd_megatron.megatron import hf
@@ -48,6 +49,7 @@ class LearnerState:
     optimizer_step: int = 0
     saving: PlannedSave | None = None  # begun in the background and not finished
     server_group: ServerGroup | None = None  # on rank 0, while weights are broadcast
+    mark: Mark = unwatched  # told what begins, for whoever watches this rank
 
     @property
     def device(self) -> torch.device:

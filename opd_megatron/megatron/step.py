@@ -88,6 +88,7 @@ def _score(
         micro_batches,
         MicroScore(state.head, temperature),
         forward_only=True,
+        mark=state.mark,
     )
     return in_batch_order(
         outputs, SCORE_NAMES, index.num_response_tokens, state.groups, state.device
@@ -177,11 +178,17 @@ def _updates(
             model.zero_grad_buffer()
         optimizer.zero_grad()
         outputs = run_micro_batches(
-            state.models, state.groups, micro_batches, function, forward_only=False
+            state.models,
+            state.groups,
+            micro_batches,
+            function,
+            forward_only=False,
+            mark=state.mark,
         )
         values = in_batch_order(
             outputs, names, index.num_response_tokens, state.groups, state.device
         )
+        state.mark("the end of the step")
         norm = gradient_norm(optimizer)
         why_not = _why_not(state, values, plan, norm, index)
         begin = time.perf_counter()

@@ -164,7 +164,12 @@ def _forward(
 
     with teacher.on_device():
         outputs = run_micro_batches(
-            teacher.modules, state.groups, micro_batches, look, forward_only=True
+            teacher.modules,
+            state.groups,
+            micro_batches,
+            look,
+            forward_only=True,
+            mark=state.mark,
         )
     return [output for output in outputs if output.values]
 

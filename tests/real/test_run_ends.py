@@ -77,14 +77,14 @@ def test_a_living_run_keeps_its_directory_from_a_second_one(tmp_path: Path) -> N
     [
         ("rollout", "rollout-0"),
         ("teacher", "teacher-main-0"),
-        ("rank", "learner: no answer to"),
+        ("rank", "no rank has moved for 15 s (learner.hang_timeout_s)"),
         ("controller", "controller hangs: no heartbeat for 20 s"),
     ],
 )
 def test_a_role_that_hangs_is_named_by_a_deadline(tmp_path: Path, role: str, words: str) -> None:
     run, process, output = begin(
         tmp_path,
-        *("steps=2000", "controller.hang_timeout_s=20", "learner.step_timeout_s=20"),
+        *("steps=2000", "controller.hang_timeout_s=20", "learner.hang_timeout_s=15"),
         *("rollout.server.request_timeout_s=10", "rollout.server.max_retries=0"),
         *("teachers.main.server.request_timeout_s=10", "teachers.main.server.max_retries=0"),
         # How long the run waits for a server that hangs to answer again.

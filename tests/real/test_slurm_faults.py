@@ -77,14 +77,16 @@ def test_a_dead_learner_ends_the_attempt_and_the_job_goes_on(
 def test_a_learner_that_hangs_leaves_its_stacks_and_is_requeued(
     cluster: Cluster, tmp_path: Path
 ) -> None:
-    run = submit(cluster, tmp_path, "steps=500", "learner.step_timeout_s=15")
+    run = submit(cluster, tmp_path, "steps=500", "learner.hang_timeout_s=15")
     wait_for(run, lambda: any(r["step"] > 0 for r in rows(run.metrics)), 200, "the first step")
     # One rank alone: the other hangs in a collective with it.
     ranks = role_processes(cluster, run, "megatron.learner --run-yaml")
     (stopped, *_) = [p for p in ranks if p.environ().get("RANK") == "1"]
     stopped.suspend()
     wait_for(run, lambda: "attempt 1 ended with code 75" in log(run), 120, "the end of the attempt")
-    assert "learner: no answer to" in log(run)
+    assert "no rank has moved for 15 s" in log(run)
+    said = (run.role_logs(1, "learner") / "agent-0.log").read_text()
+    assert f"learner rank 1 (pid {stopped.pid}) was stopped" in said
     stacks = (run.role_logs(1, "learner") / "learner-0.log").read_text()
     assert "most recent call first" in stacks
     wait_for(run, lambda: "attempt 2\n" in log(run), 60, "the second attempt")

@@ -39,8 +39,8 @@ from opd_megatron.launch.members import remove_scratch, scratch
 from opd_megatron.launch.ports import PortReservations
 from opd_megatron.launch.preflight import check_machine
 from opd_megatron.launch.slurm import commands, nodes, secrets
-from opd_megatron.launch.slurm.stacks import dump_stacks
 from opd_megatron.launch.slurm.table import CONTROLLER, LEARNER, Frozen, Role, read_table
+from opd_megatron.launch.stacks import dump_stacks
 from opd_megatron.launch.supervisor import Interrupted, MainSigns, Supervisor
 from opd_megatron.rundir import AttemptDir, RunDir
 
@@ -164,7 +164,7 @@ def run_role(place: Place) -> int:
                 roles.start(role)
         roles.attend(lambda: is_over(place.attempt), signs_of(place))
         if place.role.name == LEARNER and not place.attempt.finishing.exists():
-            dump_stacks(identity)
+            dump_stacks(identity, say)
         return EXIT_DONE
 
 
