@@ -176,6 +176,16 @@ class AttemptDir:
         return self.root / "stop_requested"
 
     @property
+    def grace(self) -> Path:
+        """Seconds of notice that the site gives before it takes the machines (cluster jobs)."""
+        return self.root / "grace_s"
+
+    @property
+    def grace_s(self) -> float | None:
+        """What `grace` says; None where nobody gives notice."""
+        return float(self.grace.read_text()) if self.grace.exists() else None
+
+    @property
     def ended(self) -> Path:
         """Holds the attempt's exit code (cluster jobs): every other process of it ends from then on."""
         return self.root / "ended"

@@ -19,7 +19,7 @@ from opd_megatron.config.run_yaml import read_run_yaml
 from opd_megatron.errors import ConfigError, ServerError
 from opd_megatron.launch.offline import check_offline
 from opd_megatron.launch.preflight import check_inputs, check_learner
-from opd_megatron.launch.slurm import nemo, queue
+from opd_megatron.launch.slurm import grace, nemo, queue
 from opd_megatron.launch.slurm.preview import processes
 from opd_megatron.launch.slurm.render import write_script
 from opd_megatron.launch.slurm.site import PREFIX, load_site
@@ -105,13 +105,14 @@ def submit(
     elif render is not None:
         write_job(job, source)
         write_script(render, job.script)
+        typer.echo(grace.predicted(recipe, site))
         typer.echo(f"submit it with: sbatch {shlex.quote(str(render))}")
         return
     else:
         with written(job, source):
             job_id = nemo.submit(job) if through_nemo else queue.submit_script(run.slurm.script)
         queue.add_job(run, job_id)
-    for line in describe(recipe):
+    for line in [*describe(recipe), grace.predicted(recipe, site)]:
         typer.echo(line)
     _print_submitted(run, job_id)
 
@@ -140,7 +141,8 @@ def _print_dry_run(job: Job, through_nemo: bool) -> None:
     if through_nemo:
         typer.echo("asking NeMo-Run for its script ...", err=True)
     submitted = nemo.dry_run(job) if through_nemo else ""
-    notes = [*describe(job.recipe), f"run directory {job.run.root}", *table_lines(job.table)]
+    facts = [*describe(job.recipe), grace.predicted(job.recipe, job.site)]
+    notes = [*facts, f"run directory {job.run.root}", *table_lines(job.table)]
     for note in notes:
         typer.echo(f"# {note}")
     typer.echo(
@@ -161,6 +163,10 @@ def _open(run_dir: Path) -> RunDir:
     return run
 
 
+def _notice_of(run: RunDir) -> str | None:
+    return grace.measured(run, read_table(run.slurm.table).grace_s)
+
+
 def status(run_dir: RunArgument) -> None:
     """How a submitted run stands: its job, its nodes, its progress. Works without Slurm accounting."""
     run = _open(run_dir)
@@ -177,6 +183,8 @@ def status(run_dir: RunArgument) -> None:
     typer.echo(
         f"step {seen.step} of {seen.steps}, attempts {seen.attempts}, newest commit {seen.commit or 'none'}"
     )
+    if (notice := _notice_of(run)) is not None:
+        typer.echo(notice)
     for name in ("eval/heldout/accuracy", "train/loss"):
         if isinstance(seen.metrics.get(name), float):
             typer.echo(f"{name} {seen.metrics[name]:.4g}")
@@ -278,4 +286,7 @@ def cancel(run_dir: RunArgument) -> None:
 def resume_run(run_dir: RunArgument) -> None:
     """Submit the job of a run again, from its newest commit and with its own run.yaml and script."""
     run = _open(run_dir)
-    _print_submitted(run, resume(run))
+    job = resume(run)
+    if (notice := _notice_of(run)) is not None:
+        typer.echo(notice)
+    _print_submitted(run, job)

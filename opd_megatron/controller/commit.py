@@ -14,6 +14,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ FORMAT = "opd-commit-1"
 MANIFEST = "manifest.json"
 CONTROLLER = "controller.json"
 MODEL = "model"
+_HASHING_THREADS = 8
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,12 @@ def _files(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
 
 
+def _durable_entry(path: Path) -> dict[str, Any]:
+    """Make a file's content durable; what the manifest says of it."""
+    fsync_file(path)
+    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+
+
 def begin(root: Path, step: int) -> Path:
     """Make the empty temporary folder of a commit and return it; what earlier tries left is removed."""
     if not root.is_dir():
@@ -92,11 +100,14 @@ def finish(
     """
     temporary = root / f".{_name(step)}.tmp"
     write_json(temporary / CONTROLLER, state)
-    files = {}
-    for path in _files(temporary):
-        fsync_file(path)
-        name = path.relative_to(temporary).as_posix()
-        files[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    paths = _files(temporary)
+    # One thread hashes 0.6 GB/s here, less than a parallel file system reads: the learner writes a file a rank.
+    with ThreadPoolExecutor(_HASHING_THREADS, "hashing") as threads:
+        entries = list(threads.map(_durable_entry, paths))
+    files = {
+        path.relative_to(temporary).as_posix(): entry
+        for path, entry in zip(paths, entries, strict=True)
+    }
     body = {"format": FORMAT, "step": step, "fingerprint": fingerprint, "files": files}
     write_json(temporary / MANIFEST, {**body, "sha256": _body_hash(body)})
     for folder in {p.parent for p in _files(temporary)} | {temporary}:

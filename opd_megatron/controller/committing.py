@@ -35,6 +35,7 @@ class Committer:
         fingerprint: what identifies the run.
         config: how many commits stay, and whether they are made beside the training.
         report: told at once when a commit under way fails; `settle` and the next `make` raise it too.
+        measured: told how many seconds each commit took, from its beginning until a resume may start from it.
     """
 
     def __init__(
@@ -44,12 +45,14 @@ class Committer:
         fingerprint: dict[str, Any],
         config: CheckpointConfig,
         report: Callable[[BaseException], None],
+        measured: Callable[[float], None],
     ) -> None:
         self._root = root
         self._learner = learner
         self._fingerprint = fingerprint
         self._config = config
         self._report = report
+        self._measured = measured
         self._under_way: asyncio.Task[None] | None = None
 
     async def make(self, step: int, state: dict[str, Any]) -> None:
@@ -59,14 +62,15 @@ class Committer:
             OpdError: the learner failed, at this commit or the one before.
         """
         await self.settle()
+        begin = time.monotonic()
         temporary = await asyncio.to_thread(commit.begin, self._root, step)
         directory = str(temporary / commit.MODEL)
         if not self._config.async_save:
             await self._learner.ask("save", directory=directory)
-            await self._finish(step, state)
+            await self._finish(step, state, begin)
             return
         await self._learner.ask("begin_save", directory=directory)
-        self._under_way = asyncio.create_task(self._complete(step, state), name="commit")
+        self._under_way = asyncio.create_task(self._complete(step, state, begin), name="commit")
         self._under_way.add_done_callback(self._tell)
 
     async def settle(self) -> None:
@@ -80,8 +84,8 @@ class Committer:
         if self._under_way is not None:
             self._under_way.cancel()
 
-    async def _complete(self, step: int, state: dict[str, Any]) -> None:
-        limit_s, begin = self._learner.timeout_s, time.monotonic()
+    async def _complete(self, step: int, state: dict[str, Any], begin: float) -> None:
+        limit_s = self._learner.timeout_s
         while (await self._learner.ask("finish_save"))["files"] is None:
             if time.monotonic() - begin > limit_s:
                 raise RoleDied(
@@ -89,12 +93,13 @@ class Committer:
                     f"(learner.step_timeout_s); a rank or its file system hangs"
                 )
             await asyncio.sleep(_ASK_AGAIN_S)
-        await self._finish(step, state)
+        await self._finish(step, state, begin)
 
-    async def _finish(self, step: int, state: dict[str, Any]) -> None:
+    async def _finish(self, step: int, state: dict[str, Any], begin: float) -> None:
         await asyncio.to_thread(
             commit.finish, self._root, step, state, self._fingerprint, self._config.keep
         )
+        self._measured(time.monotonic() - begin)
 
     def _tell(self, task: asyncio.Task[None]) -> None:
         error = None if task.cancelled() else task.exception()

@@ -24,6 +24,7 @@ from opd_megatron.controller.episodes import generate_episodes
 from opd_megatron.controller.evaluation import Evaluator
 from opd_megatron.controller.generation import generate_group, sampling_of
 from opd_megatron.controller.given import given_rollout, given_scores
+from opd_megatron.controller.grace import GraceWatch
 from opd_megatron.controller.publishing import Publisher
 from opd_megatron.controller.roles import Roles
 from opd_megatron.controller.samples import SampleMaker
@@ -84,7 +85,7 @@ class Service:
         self._evaluating = False
         self._samples: tuple[Sample, ...] = ()
         self._chosen_at: dict[int, int] = {}  # step, by position
-        self._checkpoint_s = 0.0
+        self._checkpoint_s = self._commit_s = self._eval_s = 0.0
         self._perf: dict[str, float] = {}
         self._busy: dict[str, float] = {}
         self._latencies: list[float] = []
@@ -95,7 +96,9 @@ class Service:
             context.fingerprint,
             recipe.checkpoint,
             self._events.put_nowait,
+            self._committed,
         )
+        self._grace = GraceWatch(context.attempt.grace_s, context.console.say)
         self._order = train.order(recipe.data, recipe.seed)
 
     async def run(self) -> None:
@@ -287,7 +290,8 @@ class Service:
             return protocol.Evaluated(action.step)
         begin = time.monotonic()
         metrics = await self.context.evaluator.evaluate(with_teacher=action.step == 0)
-        return protocol.Evaluated(action.step, {**metrics, "perf/eval_s": time.monotonic() - begin})
+        self._eval_s = time.monotonic() - begin
+        return protocol.Evaluated(action.step, {**metrics, "perf/eval_s": self._eval_s})
 
     async def _save(self, action: protocol.Save) -> protocol.Event:
         begin = time.monotonic()
@@ -297,6 +301,10 @@ class Service:
         if self._overlaps:  # Rollouts went on meanwhile, but a step takes no longer for a commit.
             self._watch.begin()
         return protocol.Saved(action.step)
+
+    def _committed(self, seconds: float) -> None:
+        self._commit_s = seconds
+        self._grace.committed(seconds, self._perf, self._eval_s)
 
     # ------------------------------------------------------------ what is written
 
@@ -325,6 +333,8 @@ class Service:
                 ]
         if self._checkpoint_s:
             metrics["perf/checkpoint_s"], self._checkpoint_s = self._checkpoint_s, 0.0
+        if self._commit_s:
+            metrics["perf/commit_s"], self._commit_s = self._commit_s, 0.0
         epoch = self._order.index_at(max(0, self.core.ledger.issued - 1))[0]
         metrics |= context.roles.server_metrics()
         metrics |= records.ledger_metrics(self.core.ledger, epoch)

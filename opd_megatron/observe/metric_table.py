@@ -209,6 +209,9 @@ METRICS: tuple[Metric, ...] = (
            "Bringing the new weights to the rollout servers, and the proof that they hold them."),
     Metric("perf/checkpoint_s", "s", _SUM, _CONTROLLER,
            "What a checkpoint keeps training waiting; all of writing it unless `checkpoint.async_save`."),
+    Metric("perf/commit_s", "s", _MAX, _CONTROLLER,
+           "From the beginning of the newest finished checkpoint until a resume may start from it; with "
+           "`checkpoint.async_save` most of it passes beside the training; compare `cluster.grace_s`."),
     Metric("perf/other_s", "s", _SUM, _CONTROLLER,
            "The rest of the step: batches, files, waiting for the mailbox."),
     Metric("perf/outside_model_frac", "fraction", _MEAN, _CONTROLLER,

@@ -91,7 +91,8 @@ def begin(run: RunDir, job: str) -> int:
     Raises:
         ConfigError: inputs that do not fit, a directory that another job took, or too many attempts without progress.
     """
-    limit = read_table(run.slurm.table).max_idle_attempts
+    frozen = read_table(run.slurm.table)
+    limit = frozen.max_idle_attempts
     if idle_attempts(run) >= limit:
         raise ConfigError.of(
             "cluster.max_idle_attempts",
@@ -110,10 +111,11 @@ def begin(run: RunDir, job: str) -> int:
     for folder in (attempt.mailbox, attempt.batches, attempt.nodes):
         folder.mkdir(mode=0o700)
     attempt.identity.write_text(uuid.uuid4().hex)
+    attempt.grace.write_text(f"{frozen.grace_s}\n")
     write_keys(attempt.keys, new_keys())
     write_json(run.environment, describe_environment())
     logs = run.logs / f"attempt_{attempt.number}"
-    for role in read_table(run.slurm.table).table.roles:
+    for role in frozen.table.roles:
         (logs / role.name).mkdir(parents=True, exist_ok=True)
     temporary = run.logs / f".latest.{os.getpid()}"
     temporary.symlink_to(logs.name)

@@ -58,7 +58,7 @@ def check(site: Site) -> None:
         raise ConfigError.of(
             "cluster.placement",
             "het",
-            "NeMo-Run gives every component the first one's options",
+            "NeMo-Run gives every component the first one's --segment and rewrites --output",
             "say --via sbatch, or placement=slices",
         )
     if not site.requeue:

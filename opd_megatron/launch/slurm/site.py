@@ -27,6 +27,8 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _TIME = re.compile(r"(\d+-)?\d+(:\d\d){0,2}")
 # Slurm's way to say whole nodes with all their memory.
 _ALL_MEMORY = "0"
+# `--signal` holds the seconds in 16 bits.
+_LONGEST_NOTICE_S = 65535
 # Names that would be read as a value rather than carry one; NeMo-Run writes a missing value so.
 _NOT_VALUES = {"none", "null"}
 
@@ -189,6 +191,17 @@ def check_site(site: Site) -> None:
         check_sbatch_text(f"{PREFIX}{key}", str(getattr(site, key)))
     if not _TIME.fullmatch(site.time):
         raise _wrong("time", site.time, "not a Slurm time", "write D-HH:MM:SS, HH:MM:SS or minutes")
+    if site.grace_s > _LONGEST_NOTICE_S:
+        raise _wrong(
+            "grace_s", site.grace_s, f"Slurm takes {_LONGEST_NOTICE_S} at most", "lower it"
+        )
+    if site.grace_s >= limit_s(site):
+        raise _wrong(
+            "grace_s",
+            site.grace_s,
+            f"the run would be told to end as soon as it begins: cluster.time={site.time}",
+            "lower it, or raise cluster.time",
+        )
     if site.segment not in ("auto", "none") and not site.segment.isdigit():
         raise _wrong("segment", site.segment, "must be auto, none or a number", "e.g. auto")
     if site.placement == "het" and site.share_nodes:
@@ -203,6 +216,19 @@ def check_site(site: Site) -> None:
     both = sorted(set(site.environment) & set(site.secrets))
     if both:
         raise _wrong("secrets", both, "are in `environment` too", "leave them only in `secrets`")
+
+
+def limit_s(site: Site) -> int:
+    """Seconds of the time limit. Slurm reads one number as minutes, two as MM:SS, and after days as hours first."""
+    days, dash, rest = site.time.rpartition("-")
+    numbers = [int(part) for part in rest.split(":")]
+    if dash:
+        hours, minutes, seconds = [*numbers, 0, 0][:3]
+    elif len(numbers) == 3:
+        hours, minutes, seconds = numbers
+    else:
+        hours, (minutes, seconds) = 0, [*numbers, 0][:2]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def _wrong(key: str, value: object, rule: str, fix: str) -> ConfigError:

@@ -165,9 +165,12 @@ class Frozen:
     node_check: str
     secrets: dict[str, str]
     max_idle_attempts: int
+    grace_s: int
 
 
-_OF_THE_SITE = ("interface", "devices_per_numa_node", "node_check", "secrets", "max_idle_attempts")
+_OF_THE_SITE = (
+    "interface", "devices_per_numa_node", "node_check", "secrets", "max_idle_attempts", "grace_s",
+)  # fmt: skip
 
 
 def freeze(table: RoleTable, site: Site) -> Frozen:

@@ -64,6 +64,7 @@ def play(
             {},
             CheckpointConfig(async_save=async_save),
             reported.append,
+            lambda seconds: None,
         )
         try:
             await asyncio.wait_for(story(committer, learner, reported), 20)
