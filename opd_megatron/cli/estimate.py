@@ -14,11 +14,12 @@ from opd_megatron.config.recipes import resolve_recipe
 from opd_megatron.config.rules import check
 from opd_megatron.config.schema import Recipe
 from opd_megatron.errors import ConfigError
-from opd_megatron.launch.planner.hardware import DEVICES, device_named
+from opd_megatron.launch.planner.hardware import DEVICES, Device, device_named
 from opd_megatron.launch.planner.memory import GIB
 from opd_megatron.launch.planner.plan import (
     DEFAULT_PROMPT_TOKENS,
     NOT_MODELLED,
+    NOT_MODELLED_ON_CPU,
     Plan,
     make_plan,
 )
@@ -26,12 +27,19 @@ from opd_megatron.launch.planner.stages import Lengths, StepTime
 from opd_megatron.launch.slurm.site import PREFIX, load_site
 from opd_megatron.launch.slurm.table import RoleTable, role_table
 
+_MIB = float(1 << 20)
+_STEP_IS = {
+    "sync": "one stage after the other",
+    "async": "the slowest stage, sync",
+    "one_step_off": "the slowest stage, or half of rollout + teacher, left + learner; sync",
+}
+
 
 def estimate(
     name: RecipeName,
     overrides: Overrides = None,
     hardware: Annotated[
-        str, typer.Option("--hardware", help="h100, h200 or gb200. Default: as the name says.")
+        str, typer.Option("--hardware", help="h100, h200, gb200 or cpu. Default: as the name says.")
     ] = "",
     cluster: Annotated[
         str,
@@ -103,23 +111,39 @@ def _lines(recipe: Recipe, plan: Plan) -> list[str]:
     lengths = plan.lengths
     lines = [
         f"recipe {recipe.name}: {recipe.summary}",
-        f"{plan.num_gpus} x {plan.device.name}: {_roles(plan.gpus)}",
-        f"a step: {plan.samples} samples of {lengths.prompt} + {lengths.response} tokens; a rollout server "
-        f"runs {plan.time.running} sequences at once",
+        f"{plan.num_gpus} {'processes on a' if plan.device.is_cpu else 'x'} {plan.device.name}: {_roles(plan.gpus)}",
+        f"a step: {plan.samples} samples of {lengths.prompt} + {lengths.response} tokens"
+        + (
+            f"; a rollout server runs {plan.time.running} sequences at once"
+            if plan.time.running
+            else ""
+        ),
         "",
-        f"GiB of a GPU (of {plan.device.memory / GIB:.0f})",
+        "MiB of a process, beside what Python, torch, Megatron and SGLang take themselves"
+        if plan.device.is_cpu
+        else f"GiB of a GPU (of {plan.device.memory / GIB:.0f})",
     ]
     for role in plan.memory:
-        terms = "  ".join(f"{name} {size / GIB:.1f}" for name, size in role.terms.items())
-        lines.append(f"  {role.role:<14} {role.total / GIB:6.1f}  = {terms}  ({role.note})")
+        unit = _MIB if plan.device.is_cpu else GIB
+        terms = "  ".join(f"{name} {size / unit:.1f}" for name, size in role.terms.items())
+        lines.append(f"  {role.role:<14} {role.total / unit:6.1f}  = {terms}  ({role.note})")
     lines += ["", *_stage_lines(plan.time, plan), "", *_cost_lines(plan), ""]
+    return [*lines, *_balanced(plan), *_what_is_left_out(plan.device)]
+
+
+def _balanced(plan: Plan) -> list[str]:
     best = plan.balanced
+    if plan.device.is_cpu:
+        return []
     if best.settings and best.time.step < 0.98 * plan.time.step:
         settings = " ".join(f"{key}={value}" for key, value in best.settings.items())
-        lines.append(f"balanced: {_roles(best.gpus)}: {best.time.step:,.0f} s a step; {settings}")
-    else:
-        lines.append("balanced: no other split of these GPUs is more than 2 % faster")
-    return [*lines, "not modelled:", *(f"  {text}" for text in NOT_MODELLED), _STATED]
+        return [f"balanced: {_roles(best.gpus)}: {best.time.step:,.0f} s a step; {settings}"]
+    return ["balanced: no other split of these GPUs is more than 2 % faster"]
+
+
+def _what_is_left_out(device: Device) -> list[str]:
+    left_out = (*NOT_MODELLED_ON_CPU, *NOT_MODELLED) if device.is_cpu else NOT_MODELLED
+    return ["not modelled:", *(f"  {text}" for text in left_out), _STATED]
 
 
 _STATED = "a model, not a measurement: docs/planner.md has its formulas and its errors"
@@ -133,17 +157,23 @@ def _stage_lines(time: StepTime, plan: Plan) -> list[str]:
         ("sync", time.sync, 0),
         ("evaluation", time.evaluation, 0),
     ]
-    lines = ["stage           seconds  of the step   tokens/s  a GPU of the role"]
+    each = "process" if plan.device.is_cpu else "GPU"
+    lines = [f"stage           seconds  of the step   tokens/s  a {each} of the role"]
     for name, seconds, gpus in rows:
         work = time.teacher if name.startswith("teacher") else seconds
         rate = plan.tokens / work if work and gpus else 0.0
         speed = f"{rate:>10,.0f}  {rate / gpus:>10,.0f}" if rate else ""
-        lines.append(f"{name:<14} {seconds:>8,.1f}  {seconds / time.step:>10.1%}  {speed}".rstrip())
-    kind = "the slowest stage, sync" if time.overlapped else "one stage after the other"
+        share = seconds / time.step
+        lines.append(f"{name:<14} {_seconds(seconds):>8}  {share:>10.1%}  {speed}".rstrip())
     lines.append(
-        f"{'step':<14} {time.step:>8,.1f}  {kind}; teachers work {time.teacher:,.1f} s in all"
+        f"{'step':<14} {_seconds(time.step):>8}  {_STEP_IS[time.mode]}; teachers work "
+        f"{_seconds(time.teacher)} s in all"
     )
     return lines
+
+
+def _seconds(value: float) -> str:
+    return f"{value:,.1f}" if value >= 10 else f"{value:.2f}"
 
 
 def _teacher(time: StepTime) -> float:
@@ -155,6 +185,8 @@ def _teacher_gpus(plan: Plan) -> int:
 
 
 def _cost_lines(plan: Plan) -> list[str]:
+    if plan.device.is_cpu:
+        return [f"{plan.steps} steps: {plan.steps * plan.time.step / 60:,.1f} minutes"]
     lines = [f"GPU-hours: {plan.gpu_hours(plan.steps):,.0f} for {plan.steps} steps"]
     if plan.prompts:
         steps = plan.steps_per_epoch

@@ -10,6 +10,9 @@ Learner: FP8 (current scaling) and MXFP8 from the performance summary of Megatro
 8 GPUs at 8,192 tokens (https://docs.nvidia.com/nemo/megatron-bridge/latest/performance-summary-archive.html). No bf16
 figure of a dense model of this size is published there: 41 % of the peak is what Megatron-LM's README states for its
 smallest model on H100 (https://github.com/NVIDIA/Megatron-LM); for GB200 that fraction is an assumption.
+
+CPU: two cores of the machine of docs/planner.md's tables; two runs of the demo there give the six constants. They hold
+for models as small as the demo's, where arithmetic takes no time beside the overheads; larger ones are refused.
 """
 
 from __future__ import annotations
@@ -19,6 +22,10 @@ from dataclasses import dataclass, field
 from opd_megatron.errors import ConfigError, did_you_mean
 
 _BF16_FRACTION = 0.41
+CPU = "cpu"
+# Arithmetic and memory of models this small never limit.
+_FREE = 1e18
+CPU_PARAMETERS = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,10 @@ class Device:
     training_flops: dict[str, float]
     overheads: Overheads = field(default_factory=Overheads)
 
+    @property
+    def is_cpu(self) -> bool:
+        return self.name == CPU
+
 
 DEVICES = {
     "h100": Device(
@@ -82,6 +93,23 @@ DEVICES = {
         nvlink=1.8e12,
         gpus_per_node=4,
         training_flops={"bf16": _BF16_FRACTION * 2.5e15, "fp8": 1622e12, "mxfp8": 1533e12},
+    ),
+    CPU: Device(
+        CPU,
+        bf16_flops=_FREE,
+        memory=_FREE,
+        bandwidth=_FREE,
+        nvlink=_FREE,
+        gpus_per_node=1,
+        training_flops={"bf16": _FREE},
+        overheads=Overheads(
+            decode_step_s=3.6e-3,
+            decode_sequence_s=1.5e-4,
+            prefill_s=1.0e-3,
+            learner_step_s=3.5e-2,
+            learner_token_s=2.7e-5,
+            sync_s=6.1e-2,
+        ),
     ),
 }
 
@@ -119,6 +147,6 @@ def device_named(name: str) -> Device:
             "--hardware",
             name,
             f"not in the table of devices{did_you_mean(name, DEVICES)}",
-            f"say one of {', '.join(DEVICES)}; a recipe for a CPU has no plan",
+            f"say one of {', '.join(DEVICES)}",
         )
     return DEVICES[name]

@@ -84,7 +84,7 @@ def server_memory(
     terms = {
         "weights": element * parameters(arch) / tp,
         "KV cache": float(max(0, tokens) * kv_bytes(arch, element) / tp),
-        "CUDA graphs": float(GRAPH_BYTES),
+        **({} if device.is_cpu else {"CUDA graphs": float(GRAPH_BYTES)}),
         "log-probs": float(_FLOAT32 * rows * arch.padded_vocab_size),
     }
     return RoleMemory(role, f"cache of {max(0, tokens):,} tokens a server", terms)

@@ -10,7 +10,7 @@ from opd_megatron.config.recipe_facts import gpus_by_role
 from opd_megatron.config.schema import Recipe
 from opd_megatron.errors import ConfigError
 from opd_megatron.launch.offline import model_facts
-from opd_megatron.launch.planner.hardware import Device
+from opd_megatron.launch.planner.hardware import CPU, CPU_PARAMETERS, Device
 from opd_megatron.launch.planner.memory import (
     RoleMemory,
     check_fits,
@@ -26,15 +26,22 @@ from opd_megatron.launch.planner.stages import (
     num_microbatches,
     step_time,
 )
+from opd_megatron.launch.planner.work import parameters
 from opd_megatron.megatron.architecture import check_layout
 
 # Mean tokens of a prompt of a mathematics problem with its chat template, where nothing else is said: the published
 # logs of the reference run have 94 to 100.
 DEFAULT_PROMPT_TOKENS = 128
 
+NOT_MODELLED_ON_CPU = (
+    "the machine: seconds are those of the one that docs/planner.md measured, with two cores for all processes",
+    "processes that share cores: more ranks or servers on one machine are no faster than the formulas say one is",
+    "whether host memory is enough: processes of a node share it",
+)
 NOT_MODELLED = (
     "a spread of response lengths: all responses are as long as --response-tokens says",
     "prefill of prompts, the cost of grading, HTTP and JSON, waiting for a slow server",
+    "with overlap.mode=async, rollouts of several steps at once on a server, and prompts read again after an update",
     "communication of the learner's ranks beyond what the published training speed holds, and saves",
     "host memory, start-up, checks before the first step, failures",
 )
@@ -98,6 +105,27 @@ def count_prompts(recipe: Recipe) -> int:
         return sum(1 for line in lines if line.strip())
 
 
+def check_device(recipe: Recipe, models: Models, device: Device) -> None:
+    """
+    Raises:
+        ConfigError: a recipe for GPUs on the CPU's row of the table, or models that its constants do not hold for.
+    """
+    if not device.is_cpu:
+        return
+    if recipe.device != CPU:
+        raise ConfigError.of(
+            "--hardware", CPU, f"the recipe is for device={recipe.device}", "name its GPU"
+        )
+    largest = max(parameters(arch) for arch in (models.student, *models.teachers.values()))
+    if largest > CPU_PARAMETERS:
+        raise ConfigError.of(
+            "--hardware",
+            CPU,
+            f"its seconds are those of models as small as the demo's, and one here has {largest:,} parameters",
+            "measure a run of two steps, or name a GPU",
+        )
+
+
 def make_plan(
     recipe: Recipe, device: Device, lengths: Lengths, *, whole_nodes: bool = True
 ) -> Plan:
@@ -107,6 +135,7 @@ def make_plan(
             does not fit into a GPU, with the term that is too large.
     """
     models = models_of(recipe)
+    check_device(recipe, models, device)
     check_layout(models.student, recipe.learner)
     if lengths.total > recipe.batch.tokens_per_microbatch:
         raise ConfigError.of(

@@ -9,8 +9,14 @@
               micro-batches; teachers inside it add their forward pass
     sync      the student's bytes, written and read once (disk) or sent once (broadcast)
 
-    step, on-policy   rollout + what of the teacher is left + learner + sync
-    step, overlapped  the slowest of rollout, teacher and learner, + sync
+    step, by overlap.mode, + sync + evaluation
+      sync            rollout + left + learner                      left: what of the teacher does not hide
+      async           max(rollout, teacher, learner)                servers pause for new weights only
+      one_step_off    max(rollout, teacher, learner, (rollout + left + learner) / 2)
+
+One step off, the rollouts of a step and the learner begin together when new weights are there, and the next ones wait
+for both. What is left of the teacher delays the learner by left - (step - rollout), what passed since the rollouts
+ended; step = learner + that delay gives the last term.
 
 Every response has the mean length here, but one reaches the limit: a rollout takes at least that many decoding steps of
 one sequence. With a spread of lengths the teacher hides better.
@@ -56,7 +62,10 @@ class Models:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of the stages, and of the step that they make. `evaluation`: of one, divided by the steps between two."""
+    """Seconds of the stages, and of the step that they make. `evaluation`: of one, divided by the steps between two.
+
+    `mode`: overlap.mode.
+    """
 
     rollout: float
     teacher: float
@@ -64,14 +73,19 @@ class StepTime:
     learner: float
     sync: float
     evaluation: float
-    overlapped: bool
+    mode: str
     running: int
 
     @property
     def step(self) -> float:
-        if self.overlapped:
-            return max(self.rollout, self.teacher, self.learner) + self.sync + self.evaluation
-        return self.rollout + self.teacher_left + self.learner + self.sync + self.evaluation
+        chain = self.rollout + self.teacher_left + self.learner
+        slowest = max(self.rollout, self.teacher, self.learner)
+        worked = {"sync": chain, "async": slowest, "one_step_off": max(slowest, chain / 2)}
+        return worked[self.mode] + self.sync + self.evaluation
+
+    @property
+    def overlapped(self) -> bool:
+        return self.mode != "sync"
 
 
 def running_sequences(
@@ -182,7 +196,7 @@ def step_time(recipe: Recipe, models: Models, device: Device, lengths: Lengths) 
         learner=learner_s(recipe, models, device, samples, lengths),
         sync=sync_s(recipe, models, device),
         evaluation=evaluation,
-        overlapped=recipe.max_staleness > 0,
+        mode=recipe.overlap.mode,
         running=running,
     )
 

@@ -40,13 +40,33 @@ def test_a_cluster_says_how_many_nodes_that_is(capsys: pytest.CaptureFixture[str
     assert "cluster h100: 4 nodes (learner 1, rollout 2, teacher-main 1)" in capsys.readouterr().out
 
 
+def test_the_demo_is_planned_on_the_cluster_of_the_tests(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """And in seconds that a run of it took: 1.7 s a step on the machine of docs/planner.md, 107 s in all."""
+    with pytest.raises(SystemExit) as stop:
+        main(["estimate", "demo", "--cluster", "cpu-test"])
+    assert not stop.value.code
+    text = capsys.readouterr().out
+    assert "cluster cpu-test: 3 nodes (learner 1, rollout 1, teacher-main 1)" in text
+    assert "4 processes on a cpu" in text and "CUDA" not in text and "GPU" not in text
+    assert "two cores for all processes" in text
+    with pytest.raises(SystemExit):
+        main(["estimate", "demo", "--json"])
+    plan = json.loads(capsys.readouterr().out)
+    assert (
+        0.8 < plan["time"]["rollout"] + plan["time"]["teacher_left"] + plan["time"]["learner"] < 2
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         ([NAME, "teachers.main.server.tensor_parallel=1"], "teacher-main does not fit: weights"),
         ([NAME, "--hardware", "b300"], "--hardware='b300'"),
         ([NAME, "--cluster", "h10"], "did you mean 'h100'"),
-        (["demo"], "a recipe for a CPU has no plan"),
+        ([NAME, "--hardware", "cpu"], "the recipe is for device=cuda"),
+        (["demo", "--hardware", "cpy"], "did you mean 'cpu'"),
         ([NAME, "--response-tokens", "9200"], "exceeds batch.tokens_per_microbatch=9216"),
     ],
 )

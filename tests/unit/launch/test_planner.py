@@ -18,6 +18,7 @@ from opd_megatron.launch.planner.plan import make_plan, models_of
 from opd_megatron.launch.planner.split import best_split
 from opd_megatron.launch.planner.stages import (
     Lengths,
+    StepTime,
     decode_step_s,
     num_microbatches,
     prefill_s,
@@ -151,8 +152,42 @@ def test_a_step_is_the_sum_of_its_stages_or_the_slowest_when_they_overlap() -> N
     parts = time.rollout + time.teacher_left + time.learner + time.sync + time.evaluation
     assert time.step == pytest.approx(parts)
     assert 0 < time.teacher_left <= time.teacher
-    other = replace(time, overlapped=True)
+    other = replace(time, mode="async")
     assert other.step == max(time.rollout, time.teacher, time.learner) + time.sync + time.evaluation
+
+
+def test_the_cpu_of_the_table_is_for_models_as_small_as_the_demo() -> None:
+    large = recipe(device="cpu")
+    with pytest.raises(ConfigError, match="has 4,022,468,096 parameters"):
+        make_plan(large, DEVICES["cpu"], LONG)
+
+
+def one_step_off_s(rollout: float, left: float, learner: float, steps: int = 200) -> float:
+    """Seconds of a step, played: rollouts and learner begin when new weights are there, the next ones wait for both."""
+    now = ends = 0.0
+    for _ in range(steps):
+        scored = ends + left  # of the rollouts that the learner takes now
+        ends = now + rollout
+        now = max(ends, max(now, scored) + learner)
+    return now / steps
+
+
+@pytest.mark.parametrize(
+    ("rollout", "left", "learner"),
+    [(10, 0, 4), (4, 0, 10), (8, 4, 6), (6, 4, 8), (7, 7, 7), (10, 3, 5), (5, 3, 10)],
+)
+def test_one_step_off_takes_as_long_as_it_does_when_played(
+    rollout: float, left: float, learner: float
+) -> None:
+    time = StepTime(rollout, left, left, learner, 0.0, 0.0, "one_step_off", 1)
+    assert time.step == pytest.approx(one_step_off_s(rollout, left, learner), rel=0.02)
+
+
+@pytest.mark.parametrize("mode", ["sync", "one_step_off", "async"])
+def test_the_plan_follows_the_overlap_of_the_recipe(mode: str) -> None:
+    found = recipe(overlap__mode=mode, max_staleness=0 if mode == "sync" else 1)
+    time = step_time(found, models_of(found), GB200, Lengths(128, 8192))
+    assert (time.mode, time.overlapped) == (mode, mode != "sync")
 
 
 def test_a_switch_is_planned_for_its_slowest_teacher_and_rows_share_the_work() -> None:
