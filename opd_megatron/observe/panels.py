@@ -265,6 +265,20 @@ _TRAINED_ON = Section(
             low=0.0,
             high=1.0,
         ),
+        Panel(
+            "Reward of the rollouts",
+            "",
+            (Curve("task/reward_mean", "mean"),),
+            "What the task's grader gives, before whitening. Good: rises.",
+        ),
+        Panel(
+            "Tokens clipped",
+            "%",
+            (Curve("train/clipped_frac", "last update"),),
+            "Share that an update on the same batch moved out of the clipping interval. Good: a few percent at most.",
+            low=0.0,
+            high=1.0,
+        ),
     ),
     optional=True,
 )

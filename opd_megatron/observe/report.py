@@ -163,7 +163,11 @@ def _trained_words(recipe: Mapping[str, Any]) -> str:
     if objective["estimator"] in ("support_matching", "topk_surrogate"):
         words += f" on {objective['support']}, K={objective['topk']}, {objective['measure']}"
     kind = recipe["correction"]["kind"]
-    return f"{words}, discount {objective['discount']:g}, {kind} importance weights"
+    words += f", discount {objective['discount']:g}, {kind} importance weights"
+    task, updates = recipe["task"], recipe["batch"]["updates_per_step"]
+    if task["coefficient"]:
+        words += f", task {task['grader']} x {task['coefficient']:g}"
+    return words + (f", {updates} updates a step" if updates > 1 else "")
 
 
 def _evaluated_words(run: RunFiles) -> str:

@@ -73,6 +73,8 @@ def step_metrics(step: int, steps: int, noise: random.Random) -> dict[str, float
         "train/support_teacher_mass": 0.99,
         "train/support_overlap_frac": 0.9 - 0.3 * kl,
         "train/special_masked_frac": 0.0,
+        "task/reward_mean": 0.4 + 0.5 * step / steps,
+        "train/clipped_frac": 0.01,
         "teacher/share/weak": 1.0 - step / steps,
         "teacher/share/good": step / steps,
         "offpolicy/age_mean": 0.0,
