@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 import sys
 import time
@@ -16,13 +17,14 @@ from opd_megatron.cli.runs import default_run_dir
 from opd_megatron.config.recipes import resolve_recipe
 from opd_megatron.config.rules import check
 from opd_megatron.config.run_yaml import read_run_yaml
+from opd_megatron.config.schema import Recipe
 from opd_megatron.errors import ConfigError, ServerError
 from opd_megatron.launch.offline import check_offline
 from opd_megatron.launch.preflight import check_inputs, check_learner
 from opd_megatron.launch.slurm import grace, nemo, queue
 from opd_megatron.launch.slurm.preview import processes
 from opd_megatron.launch.slurm.render import write_script
-from opd_megatron.launch.slurm.site import PREFIX, load_site
+from opd_megatron.launch.slurm.site import PREFIX, Site, load_site
 from opd_megatron.launch.slurm.source import check_source
 from opd_megatron.launch.slurm.submit import Job, plan, resume, write_job, written
 from opd_megatron.launch.slurm.table import RoleTable, read_table
@@ -73,6 +75,7 @@ def submit(
         raise ConfigError.of("--via", via, f"must be {VIA_NEMO} or {VIA_SBATCH}", f"say {VIA_NEMO}")
     own = [o for o in overrides or [] if not o.startswith(PREFIX)]
     site = load_site(cluster, [o for o in overrides or [] if o.startswith(PREFIX)])
+    _refuse_site_keys(own)
     recipe, path = resolve_recipe(name, own)
     check(recipe)
     if offline:
@@ -115,6 +118,20 @@ def submit(
     for line in [*describe(recipe), grace.predicted(recipe, site)]:
         typer.echo(line)
     _print_submitted(run, job_id)
+
+
+def _refuse_site_keys(overrides: list[str]) -> None:
+    """
+    Raises:
+        ConfigError: an override of the recipe is a key of the site without its prefix.
+    """
+    of_recipes = {field.name for field in dataclasses.fields(Recipe)}
+    of_sites = {field.name for field in dataclasses.fields(Site)} - of_recipes
+    for override in overrides:
+        if override.partition("=")[0].split(".")[0] in of_sites:
+            raise ConfigError.of(
+                "override", override, "a key of the site", f"write {PREFIX}{override}"
+            )
 
 
 def _print_submitted(run: RunDir, job: str) -> None:

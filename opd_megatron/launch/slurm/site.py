@@ -95,6 +95,17 @@ class Site:
     ssh_job_dir: str = ""
 
 
+# What a key of a type must be, and how to write it.
+_TYPES: dict[Any, tuple[str, str]] = {
+    str: ("must be text", "write one word, in quotes if need be"),
+    int: ("must be a whole number", "e.g. 8"),
+    bool: ("must be true or false", "write one of them"),
+    list[str]: ("must be a list", "write [FIRST, SECOND]"),
+    dict[str, str]: (
+        "must map names to text",
+        "write KEY.NAME=VALUE, or `NAME: VALUE` lines under it",
+    ),
+}
 _CHOICES = {
     "gpu_flag": ("gpus-per-node", "gres", "none"),
     "placement": ("slices", "het"),
@@ -130,14 +141,20 @@ def load_site(name: str, overrides: Sequence[str] = ()) -> Site:
         ConfigError: no such site, an unknown key, a value of the wrong type or against a rule.
     """
     known = find_sites()
-    path = Path(name) if name.endswith((".yaml", ".yml")) else known.get(name)
-    if path is None or not path.is_file():
+    if name.endswith((".yaml", ".yml")):
+        path = Path(name)
+        if not path.is_file():
+            raise ConfigError.of("--cluster", name, "no such file", "give the path of a site file")
+    elif name in known:
+        path = known[name]
+    else:
         raise ConfigError(
             f"--cluster={name!r}: no such site{did_you_mean(name, known)}; known: {', '.join(known)}, "
             f"or give the path of a .yaml file of your own"
         )
     try:
-        loaded = yaml.safe_load(path.read_text())
+        # Every scalar as it is written: YAML 1.1 takes 12:00:00 for a number in base 60, and `yes` for true.
+        loaded = yaml.load(path.read_text(), Loader=yaml.BaseLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not readable as YAML: {error}") from error
     if not isinstance(loaded, dict):
@@ -148,31 +165,45 @@ def load_site(name: str, overrides: Sequence[str] = ()) -> Site:
 
 
 def _merge(values: dict[str, Any], overrides: Sequence[str], source: str) -> Site:
-    names = [f.name for f in fields(Site)]
-    dotted = [o.removeprefix(PREFIX) for o in overrides]
-    for key in [*values, *(o.partition("=")[0].split(".")[0] for o in dotted)]:
-        if key not in names:
-            raise ConfigError(
-                f"{source}: {key}: no such site key{did_you_mean(key, names)}; known: {', '.join(names)}"
-            )
+    """The file's values, then those of the command line; each is converted to the type of its key."""
+    merged = cast(DictConfig, OmegaConf.structured(Site))
+    OmegaConf.set_readonly(merged, False)
+    for key, value in values.items():
+        _set(merged, f"{source}: ", key, value)
+    for override in overrides:
+        key, equals, text = override.removeprefix(PREFIX).partition("=")
+        if not equals:
+            raise ConfigError.of("override", f"{PREFIX}{key}", "has no value", "write key=value")
+        _set(merged, PREFIX, key, _as_list(key, text) if text.startswith("[") else text)
+    return cast(Site, OmegaConf.to_object(merged))
+
+
+def _as_list(key: str, text: str) -> Any:
+    """`[first, second]` of the command line; text where the key is one of text."""
+    if typing.get_type_hints(Site).get(key) != list[str]:
+        return text
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Site), OmegaConf.create(values))
-        OmegaConf.set_readonly(cast(DictConfig, merged), False)
-        for override in dotted:
-            key, equals, text = override.partition("=")
-            if not equals:
-                raise ConfigError.of(
-                    "override", f"{PREFIX}{key}", "has no value", "write key=value"
-                )
-            wanted = typing.get_type_hints(Site)[key.split(".")[0]]
-            # Text stays text: a time such as 04:00:00 is not a number in base 60.
-            value = text if wanted is str else OmegaConf.from_dotlist([f"x={text}"])["x"]
-            OmegaConf.update(merged, key, value, force_add=True)
-        return cast(Site, OmegaConf.to_object(merged))
-    except OmegaConfBaseException as error:
+        return yaml.load(text, Loader=yaml.BaseLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError.of(f"{PREFIX}{key}", text, *_TYPES[list[str]]) from error
+
+
+def _set(merged: DictConfig, where: str, key: str, value: Any) -> None:
+    """
+    Args:
+        where: what stands in front of the key in a message.
+    """
+    names, root = [f.name for f in fields(Site)], key.split(".")[0]
+    if root not in names:
         raise ConfigError(
-            f"{source}: {error.full_key or 'site'}: {str(error).splitlines()[0]}; compare slurm/clusters/"
-        ) from error
+            f"{where}{key}: no such site key{did_you_mean(root, names)}; known: {', '.join(names)}"
+        )
+    try:
+        OmegaConf.update(merged, key, value, force_add=True)
+    except OmegaConfBaseException as error:
+        wanted = typing.get_type_hints(Site)[root]
+        rule, fix = _TYPES.get(wanted, _TYPES[str])
+        raise ConfigError.of(f"{where}{key}", value, rule, fix) from error
 
 
 def check_site(site: Site) -> None:
