@@ -29,6 +29,7 @@ _TIME = re.compile(r"(\d+-)?\d+(:\d\d){0,2}")
 _ALL_MEMORY = "0"
 # `--signal` holds the seconds in 16 bits.
 _LONGEST_NOTICE_S = 65535
+_SIGNAL_EARLY_S = 60
 # Names that would be read as a value rather than carry one; NeMo-Run writes a missing value so.
 _NOT_VALUES = {"none", "null"}
 
@@ -226,11 +227,12 @@ def check_site(site: Site) -> None:
         raise _wrong(
             "grace_s", site.grace_s, f"Slurm takes {_LONGEST_NOTICE_S} at most", "lower it"
         )
-    if site.grace_s >= limit_s(site):
+    if site.grace_s and site.grace_s + _SIGNAL_EARLY_S >= limit_s(site):
         raise _wrong(
             "grace_s",
             site.grace_s,
-            f"the run would be told to end as soon as it begins: cluster.time={site.time}",
+            f"the run would be told to end as soon as it begins: cluster.time={site.time}, and Slurm may signal "
+            f"{_SIGNAL_EARLY_S} s early",
             "lower it, or raise cluster.time",
         )
     if site.segment not in ("auto", "none") and not site.segment.isdigit():
