@@ -13,11 +13,11 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from opd_megatron.atomic import fsync_dir, fsync_file, read_json, write_json
 from opd_megatron.errors import CheckpointError
@@ -27,6 +27,7 @@ MANIFEST = "manifest.json"
 CONTROLLER = "controller.json"
 MODEL = "model"
 _HASHING_THREADS = 8
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,14 @@ def _files(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
 
 
+def _in_threads(work: Callable[[Path], T], paths: Sequence[Path]) -> list[T]:
+    """`work` of every file, several at a time: one thread hashes 0.6 GB/s here, less than a parallel file system reads,
+    and the learner writes a file a rank. The first error in the order of the files is raised.
+    """
+    with ThreadPoolExecutor(_HASHING_THREADS, "hashing") as threads:
+        return list(threads.map(work, paths))
+
+
 def _durable_entry(path: Path) -> dict[str, Any]:
     """Make a file's content durable; what the manifest says of it."""
     fsync_file(path)
@@ -101,9 +110,7 @@ def finish(
     temporary = root / f".{_name(step)}.tmp"
     write_json(temporary / CONTROLLER, state)
     paths = _files(temporary)
-    # One thread hashes 0.6 GB/s here, less than a parallel file system reads: the learner writes a file a rank.
-    with ThreadPoolExecutor(_HASHING_THREADS, "hashing") as threads:
-        entries = list(threads.map(_durable_entry, paths))
+    entries = _in_threads(_durable_entry, paths)
     files = {
         path.relative_to(temporary).as_posix(): entry
         for path, entry in zip(paths, entries, strict=True)
@@ -155,7 +162,11 @@ def verify(path: Path) -> Commit:
             raise CheckpointError(
                 f"{path}: {name} has {file.stat().st_size} bytes, the manifest says {expected['bytes']}"
             )
-        if _readable_hash(file) != expected["sha256"]:
+    names = list(manifest["files"])
+    for name, found in zip(
+        names, _in_threads(_readable_hash, [path / n for n in names]), strict=True
+    ):
+        if found != manifest["files"][name]["sha256"]:
             raise CheckpointError(f"{path}: {name} was altered (SHA-256 differs from the manifest)")
     return Commit(
         path, int(manifest["step"]), read_json(path / CONTROLLER), manifest["fingerprint"]
