@@ -16,6 +16,7 @@ from whole_runs import ROOT, SMALL, command_line, wait_until
 
 from opd_megatron.atomic import read_json
 from opd_megatron.launch.slurm.queue import jobs_of
+from opd_megatron.lifeline import RANK_NAME
 from opd_megatron.rundir import RunDir
 
 
@@ -96,6 +97,12 @@ def role_processes(cluster: Cluster, run: RunDir, words: str) -> list[psutil.Pro
     """Processes of the run's jobs whose command line holds `words`."""
     found = job_processes(cluster, jobs_of(run))
     return [process for process in found if words in command_line(process)]
+
+
+def learner_ranks(cluster: Cluster, run: RunDir) -> list[psutil.Process]:
+    """The learner's ranks, rank 0 first. Forked from torchrun, they have its command line and environment."""
+    found = [p for p in job_processes(cluster, jobs_of(run)) if p.name().startswith(RANK_NAME)]
+    return sorted(found, key=lambda process: process.name())
 
 
 # Words of a command line that only the running job knows.

@@ -13,7 +13,17 @@ from pathlib import Path
 import psutil
 import pytest
 from slurm_cluster import Cluster
-from slurm_runs import hosts, log, opd, role_processes, submit, wait_done, wait_for, wait_over
+from slurm_runs import (
+    hosts,
+    learner_ranks,
+    log,
+    opd,
+    role_processes,
+    submit,
+    wait_done,
+    wait_for,
+    wait_over,
+)
 from whole_runs import ROOT, check_commits, check_finished, rows
 
 from opd_megatron.launch.slurm.begin import claim
@@ -62,11 +72,7 @@ def test_a_dead_learner_ends_the_attempt_and_the_job_goes_on(
 ) -> None:
     run = submit(cluster, tmp_path, "steps=6", "evaluation.every=0")
     wait_for(run, lambda: check_commits(run) >= 1, 200, "the first commit")
-    (rank, *_) = [
-        p
-        for p in role_processes(cluster, run, "megatron.learner")
-        if p.environ().get("RANK") == "1"
-    ]
+    _, rank = learner_ranks(cluster, run)
     rank.kill()
     wait_for(run, lambda: "attempt 1 ended with code 75" in log(run), 60, "the end of the attempt")
     wait_done(cluster, run, 300)
@@ -80,8 +86,7 @@ def test_a_learner_that_hangs_leaves_its_stacks_and_is_requeued(
     run = submit(cluster, tmp_path, "steps=500", "learner.hang_timeout_s=15")
     wait_for(run, lambda: any(r["step"] > 0 for r in rows(run.metrics)), 200, "the first step")
     # One rank alone: the other hangs in a collective with it.
-    ranks = role_processes(cluster, run, "megatron.learner --run-yaml")
-    (stopped, *_) = [p for p in ranks if p.environ().get("RANK") == "1"]
+    _, stopped = learner_ranks(cluster, run)
     stopped.suspend()
     wait_for(run, lambda: "attempt 1 ended with code 75" in log(run), 120, "the end of the attempt")
     assert "no rank has moved for 15 s" in log(run)
@@ -144,7 +149,7 @@ def test_a_run_that_gets_nowhere_stops(cluster: Cluster, tmp_path: Path) -> None
         wait_for(run, lambda n=attempt: f"attempt {n}\n" in log(run), 120, f"attempt {attempt}")
         victims: list[psutil.Process] = wait_for(
             run,
-            lambda: role_processes(cluster, run, "megatron.learner --run-yaml"),
+            lambda: learner_ranks(cluster, run),
             90,
             "the ranks",
         )
