@@ -32,7 +32,7 @@ def remove(run: RunDir, number: int) -> None:
         remove_scratch(attempt.identity.read_text())
     for path in (
         *(attempt.keys, attempt.endpoints, attempt.heartbeat, attempt.mailbox),
-        attempt.serving,
+        *(attempt.serving, attempt.grace),
     ):
         _remove(path)
     for pattern in ("step_*", "preflight*", ".*"):

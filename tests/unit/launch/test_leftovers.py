@@ -20,6 +20,7 @@ def killed_run(root: Path) -> RunDir:
     for path in (
         attempt.keys,
         attempt.endpoints,
+        attempt.grace,
         attempt.mailbox / "command_000001.json",
         attempt.batches / "step_000003.safetensors",
         attempt.batches / "preflight.safetensors",
