@@ -1,7 +1,7 @@
 """The controller's end of the learner mailbox: send one command, wait for its answer, with a deadline.
 
-While a command goes through micro-batches or tensors the ranks' heartbeat (exchange/beats.py) is watched as well: a
-rank that hangs is found when nobody has moved for `hang_timeout_s`, however long the command may take.
+While a command is under way the ranks' heartbeat (exchange/beats.py) is watched as well: a rank that hangs is found
+when nobody has moved for `hang_timeout_s`, however long the command may take.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from opd_megatron.atomic import read_json
 from opd_megatron.errors import EXIT_CONFIG, ConfigError, OpdError, RoleDied
 from opd_megatron.exchange import mailbox
-from opd_megatron.exchange.beats import WATCHED, RankWatch, last_beats
+from opd_megatron.exchange.beats import WITH_SERVERS, RankWatch, last_beats
 
 
 class LearnerLink:
@@ -25,7 +25,7 @@ class LearnerLink:
     Args:
         folder: the mailbox of this attempt.
         timeout_s: how long one command may take.
-        hang_timeout_s: how long no rank may move during such a command.
+        hang_timeout_s: how long no rank may move during a command.
     """
 
     def __init__(self, folder: Path, timeout_s: float, hang_timeout_s: float = math.inf) -> None:
@@ -72,7 +72,7 @@ class LearnerLink:
             number = self._number
             mailbox.post_command(self.folder, number, kind, **arguments)
             start = time.monotonic()
-            limit_s = self.hang_timeout_s if kind in WATCHED else math.inf
+            limit_s = math.inf if kind in WITH_SERVERS else self.hang_timeout_s
             watch = RankWatch(self.folder, limit_s)
             while (answer := mailbox.read_answer(self.folder, number)) is None:
                 if watch.stand_still():

@@ -7,8 +7,8 @@ ever in a collective or turns in an endless loop. So one sign finds a rank that 
 and that waits for a peer which does. Ranks wait for each other within milliseconds, so a learner hangs when *no* rank
 moves; the one that moved first of all is the likely cause.
 
-A library call that is long by nature (reading or writing a checkpoint) has no place for a beat; commands made of those
-are left to the deadline of the whole command. Files are opened and closed for each beat: only then does a shared file
+Reading and writing a checkpoint are calls of a library with no place for a beat, so the limit must be longer than they
+take. Commands that wait for rollout servers have deadlines of their own (weight_sync.timeout_s). Files are opened and closed for each beat: only then does a shared file
 system show them to another node.
 """
 
@@ -21,8 +21,8 @@ from pathlib import Path
 from opd_megatron.lifeline import BEAT_S, Pulse
 
 Mark = Callable[[str], None]
-# Commands that go through micro-batches or tensors.
-WATCHED = frozenset({"train", "score", "compare", "publish"})
+# Commands in which ranks wait for rollout servers.
+WITH_SERVERS = frozenset({"open_group", "join_group", "send", "close_group"})
 _SHOWN = 4
 
 

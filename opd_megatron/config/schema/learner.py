@@ -62,7 +62,7 @@ class LearnerConfig:
     fp8_recipe: str = choice("current", "delayed", "current", "blockwise", "mxfp8")
     fp8_bf16_first_layers: int = number(0, 0)
     fp8_bf16_last_layers: int = number(0, 0)
-    # Ranks up; one command answered; no rank moving within a step, from one micro-batch to the next.
+    # Ranks up; one command answered; no rank moving: from one micro-batch to the next, or a checkpoint read or written.
     start_timeout_s: float = number(300.0, 1)
     step_timeout_s: float = number(1800.0, 1)
     hang_timeout_s: float = number(600.0, 1)

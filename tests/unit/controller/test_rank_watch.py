@@ -85,15 +85,16 @@ def test_the_rank_that_stopped_first_stands_in_front(tmp_path: Path) -> None:
     assert said.endswith("1 ranks later")
 
 
-def test_a_step_that_hangs_is_named_long_before_its_deadline(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["train", "save"])
+def test_a_command_that_hangs_is_named_long_before_its_deadline(tmp_path: Path, kind: str) -> None:
     RankBeat(tmp_path, 0).mark("micro-batch 3 of 8")
     link = LearnerLink(tmp_path, 60.0, hang_timeout_s=0.5)
-    with pytest.raises(RoleDied, match=r"hangs in 'train'.*rank 0 last at 'micro-batch 3 of 8'"):
-        asyncio.run(link.ask("train"))
+    with pytest.raises(RoleDied, match=f"hangs in '{kind}'.*rank 0 last at 'micro-batch 3 of 8'"):
+        asyncio.run(link.ask(kind))
 
 
-def test_a_command_without_micro_batches_has_its_deadline_only(tmp_path: Path) -> None:
-    RankBeat(tmp_path, 0).mark("the start of save")
+def test_a_command_that_waits_for_servers_has_its_deadline_only(tmp_path: Path) -> None:
+    RankBeat(tmp_path, 0).mark("the start of send")
     link = LearnerLink(tmp_path, 1.5, hang_timeout_s=0.1)
-    with pytest.raises(RoleDied, match=r"no answer to 'save' after 2 s .*'the start of save'"):
-        asyncio.run(link.ask("save"))
+    with pytest.raises(RoleDied, match=r"no answer to 'send' after 2 s .*'the start of send'"):
+        asyncio.run(link.ask("send"))
