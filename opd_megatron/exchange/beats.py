@@ -8,8 +8,8 @@ and that waits for a peer which does. Ranks wait for each other within milliseco
 moves; the one that moved first of all is the likely cause.
 
 Reading and writing a checkpoint are calls of a library with no place for a beat, so the limit must be longer than they
-take. Commands that wait for rollout servers have deadlines of their own (weight_sync.timeout_s). Files are opened and closed for each beat: only then does a shared file
-system show them to another node.
+take. Commands that wait for rollout servers have deadlines of their own (weight_sync.timeout_s). Files are opened and
+closed for each beat: only then does a shared file system show them to another node.
 """
 
 from __future__ import annotations
