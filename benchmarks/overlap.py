@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -45,6 +46,7 @@ _WARM_UP = 2
 def run_mode(mode: str, seed: int, quick: bool) -> dict[str, Any]:
     """One run and what its metrics say."""
     overrides = [*_SETTINGS, *MODES[mode], f"seed={seed}", *(_QUICK if quick else [])]
+    load = round(os.getloadavg()[0], 2)
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         command = [sys.executable, "-m", "opd_megatron", "run", "demo", "--run-dir", str(run)]
@@ -53,7 +55,8 @@ def run_mode(mode: str, seed: int, quick: bool) -> dict[str, Any]:
             raise SystemExit(f"{mode}: exit code {done.returncode}\n{done.stdout[-3000:]}")
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         summary = json.loads((run / "summary.json").read_text())
-    return {"mode": mode, "seed": seed, "overrides": overrides, **_figures(rows, summary)}
+    asked = {"mode": mode, "seed": seed, "overrides": overrides, "load_average_at_start": load}
+    return {**asked, **_figures(rows, summary)}
 
 
 def _figures(rows: list[dict[str, Any]], summary: dict[str, Any]) -> dict[str, Any]:
@@ -86,14 +89,14 @@ def to_markdown(record: dict[str, Any]) -> str:
     machine = record["environment"]
     head = (
         f"- {machine['cpu']}, {machine['cores']} cores; Python {machine['python']}, torch {machine['torch']}; commit "
-        f"{machine['commit']}, {machine['date']}, load average at the start {machine['load_average_at_start']}\n"
+        f"{machine['commit']}, {machine['date']} (the last run)\n"
         f"- Per mode: mean ± standard deviation over the seeds; seconds: median over the steps after step {_WARM_UP}\n"
     )
     rows: list[list[str]] = []
     for mode in MODES:
         runs = [run for run in record["runs"] if run["mode"] == mode]
         if not runs:
-            rows.append([mode, *["not measured"] * 8])
+            rows.append([mode, *["not measured"] * 9])
             continue
         rows.append(
             [
@@ -106,11 +109,13 @@ def to_markdown(record: dict[str, Any]) -> str:
                 f"{mean(run['mixed_frac'] for run in runs):.1%}",
                 f"{mean(run['masked_frac'] for run in runs):.2%}",
                 f"{_spread([100 * run['accuracy'] for run in runs], '.1f')} %",
+                ", ".join(f"{run['load_average_at_start']:.1f}" for run in runs),
             ]
         )
     columns = [
         *("mode, max_staleness", "runs", "s/step", "of it the learner", "mean token age"),
         *("oldest", "samples of several versions", "masked tokens", "final accuracy"),
+        "load average at the start",
     ]
     return "\n".join([head, *table(columns, rows)])
 

@@ -88,6 +88,7 @@ def test_a_student_that_is_told_its_teacher_answers_as_each(tmp_path: Path) -> N
         "demo",
         tmp_path,
         *(f"teachers.weak.path={path.with_name('student')}", "teaching.kind=control_token"),
+        "teachers.weak.may_equal_student=true",
         *("teachers.weak.server.max_total_tokens=16384", "teachers.weak.server.context_length=64"),
         *("teaching.control_texts.main='1:'", "teaching.control_texts.weak='2:'"),
         *("data.max_prompt_tokens=16", "steps=4", *SMALL, "evaluation.every=0"),
