@@ -19,6 +19,7 @@ GPU_PYTHON ?= python3
 
 BIN := .venv/bin
 UV_VERSION := 0.13.8
+UNIT := not real and not many and not gpu and not slow
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
 .PHONY: help
@@ -35,7 +36,7 @@ demo: install ## Run the demo recipe: a tiny student learns from a tiny teacher
 
 .PHONY: test
 test: install-launch slurm ## Run the whole CPU suite
-	$(PYTEST) -m "not real and not many and not gpu and not slow" -n $(TEST_JOBS)
+	$(PYTEST) -m "$(UNIT)" -n $(TEST_JOBS)
 	$(PYTEST) -m "(real or many) and not gpu and not slow and not transformer_engine" -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder --durations=10
 
 .PHONY: test-slow
@@ -53,11 +54,18 @@ test-gpu: ## Run loss and learner on one CUDA device; GPU_PYTHON has torch, trit
 
 .PHONY: check
 check: install ## Lint, format, types, import layers, unit tests: about a minute
+	@$(MAKE) -j2 lint unit
+
+.PHONY: lint
+lint: install ## Lint, format, types, import layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/pyright
-	$(PYTEST) -m "not real and not many and not gpu and not slow" -n $(TEST_JOBS)
+
+.PHONY: unit
+unit: install ## Unit tests
+	$(PYTEST) -m "$(UNIT)" -n $(TEST_JOBS)
 
 .PHONY: format
 format: install ## Apply the formatter and the safe lint fixes
