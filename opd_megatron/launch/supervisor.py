@@ -36,7 +36,10 @@ from opd_megatron.lifeline import Pulse, adopt_orphans, die_with_parent
 POLL_S = 0.1
 TAIL_LINES = 20
 _TAIL_BYTES = 64 * 1024
-_TORCHRUN_REPORT = re.compile(r"torch/distributed/elastic/\S+\] failed \(exitcode")
+# Of torchrun, and of ours where ranks are forked (megatron/forked_ranks.py), which comes first.
+_TORCHRUN_REPORT = re.compile(
+    r"torch/distributed/elastic/\S+\] failed \(exitcode|^torchrun: \S+ ended with "
+)
 # How long a cause and its witness may come after each other: a dead server and the controller that misses it.
 ATTRIBUTION_S = 2.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -83,9 +86,9 @@ class MainSigns:
 
 
 def tail(path: Path, lines: int = TAIL_LINES) -> str:
-    """The last lines of a log, indented, for an error message; of torchrun, those before its own report.
+    """The last lines of a log, indented, for an error message; of torchrun, those before it says which rank ended.
 
-    When a rank dies torchrun writes more lines about itself than are shown here, and none says why.
+    When a rank dies, the other ranks and torchrun write more lines about that than are shown here, and none says why.
     """
     if not path.exists():
         return "  (no log)"

@@ -9,27 +9,19 @@ store is given such a socket, and which the ranks share instead of opening their
 offers the store and the places are known beforehand, so nothing is negotiated. Left out: restarts, since a run that
 lost a rank goes on from its last commit.
 
-`--opd-fork`, for ranks on a CPU: torch and Megatron-Core are imported once, here, and the ranks are forked from this
-process, which is torchrun's own way of starting functions. Most of a tiny learner's start is imports. CUDA does not
-survive a fork, so on a GPU each rank is a new Python, as under any torchrun.
+With `--opd-fork` the ranks are forked (forked_ranks.py).
 
     https://docs.pytorch.org/docs/stable/elastic/rendezvous.html#registry
 """
 
 from __future__ import annotations
 
-import importlib
 import os
-import runpy
-import signal
 import socket
 import sys
-import warnings
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
-from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.elastic.rendezvous import (
     RendezvousHandler,
     RendezvousInfo,
@@ -37,11 +29,9 @@ from torch.distributed.elastic.rendezvous import (
     RendezvousStoreInfo,
     rendezvous_handler_registry,
 )
-from torch.distributed.launcher.api import elastic_launch
-from torch.distributed.run import config_from_args, parse_args
 from torch.distributed.run import main as torchrun
 
-from opd_megatron.importing import without_collections
+from opd_megatron.megatron.forked_ranks import run_forked
 
 BACKEND = "opd_one_address"
 # The ranks end with this process, whose id they compare with that of their parent (learner.AGENT_PID).
@@ -49,12 +39,6 @@ _AGENT_PID = "OPD_TORCHRUN_PID"
 _LOOPBACK = "127.0.0.1"
 _NODES = "--opd-nodes"
 FORK = "--opd-fork"
-# What forked ranks find imported: all of the learner but its entry.
-_LEARNER = (
-    "opd_megatron.megatron.cpu_shim",
-    "opd_megatron.megatron.state",
-    "opd_megatron.megatron.commands",
-)
 
 
 @dataclass(frozen=True)
@@ -128,37 +112,6 @@ def _take_nodes(argv: list[str]) -> tuple[Nodes, list[str]]:
     return Nodes(int(count), int(index), address, int(port)), argv[:at] + argv[at + 2 :]
 
 
-def _import_learner() -> None:
-    # Megatron-Core warns of everything that a CPU has not.
-    with without_collections(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for name in _LEARNER:
-            importlib.import_module(name)
-
-
-def _be_a_rank(entry: str, is_module: bool, argv: list[str]) -> None:
-    """In the forked process: what a new Python would do with this command line."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
-        signal.signal(number, signal.SIG_DFL)
-    sys.argv = [entry, *argv]
-    if is_module:
-        runpy.run_module(entry, run_name="__main__", alter_sys=True)
-    else:
-        sys.path[0] = str(Path(entry).resolve().parent)
-        runpy.run_path(entry, run_name="__main__")
-
-
-def _fork(argv: list[str]) -> None:
-    """What torchrun's main does, with a function in place of a command."""
-    arguments = parse_args(argv)
-    config, _, _ = config_from_args(arguments)
-    config.start_method = "fork"
-    _import_learner()
-    entry = (arguments.training_script, arguments.module, arguments.training_script_args)
-    elastic_launch(config, _be_a_rank)(*entry)
-
-
 def main(argv: list[str]) -> None:
     """Run torchrun with this rendezvous."""
     nodes, argv = _take_nodes(argv)
@@ -170,7 +123,7 @@ def main(argv: list[str]) -> None:
     own = ["--rdzv-backend", BACKEND, "--rdzv-id", name, "--nnodes", str(nodes.count)]
     argv = [*own, "--max-restarts", "0", *(part for part in argv if part != FORK)]
     if forks:
-        record(_fork)(argv)
+        run_forked(argv)
     else:
         torchrun(argv)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -188,6 +189,7 @@ def kill_once(
     if code is not None and code != 0:
         assert code == 75, text
         assert _WORDS[plan.role] in text, text
+        assert plan.role != "rank" or re.search(r"opd-rank-\d ended with SIGKILL", text), text
         assert "--resume" in text, text
     # A server may be killed after the last commit: nothing is lost, so nothing is said.
     assert code != 0 or plan.moment == "end" or check_commits(run) == STEPS, text

@@ -143,6 +143,9 @@ def test_the_tail_of_a_log_ends_where_torchrun_has_said_which_rank_ended(tmp_pat
     assert tail(log) == f"  | ValueError: the cause\n  | {report}"
     log.write_text(report)
     assert "failed (exitcode: 1)" in tail(log)
+    first = "torchrun: opd-rank-1 ended with SIGKILL"
+    log.write_text("\n".join([first, "RuntimeError: Connection closed by peer", report]))
+    assert tail(log) == f"  | {first}"
 
 
 def serving(folder: Path) -> MainSigns:
