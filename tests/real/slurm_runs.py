@@ -101,8 +101,14 @@ def role_processes(cluster: Cluster, run: RunDir, words: str) -> list[psutil.Pro
 
 def learner_ranks(cluster: Cluster, run: RunDir) -> list[psutil.Process]:
     """The learner's ranks, rank 0 first. Forked from torchrun, they have its command line and environment."""
-    found = [p for p in job_processes(cluster, jobs_of(run)) if p.name().startswith(RANK_NAME)]
-    return sorted(found, key=lambda process: process.name())
+    named: list[tuple[str, psutil.Process]] = []
+    for process in job_processes(cluster, jobs_of(run)):
+        try:
+            named.append((process.name(), process))
+        except psutil.NoSuchProcess:
+            continue
+    ranks = sorted((name, p.pid, p) for name, p in named if name.startswith(RANK_NAME))
+    return [process for _, _, process in ranks]
 
 
 # Words of a command line that only the running job knows.
