@@ -3,6 +3,9 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
+# The targets start dozens of Pythons: without bytecode caches each would compile torch and SGLang again. Images often
+# set this.
+unexport PYTHONDONTWRITEBYTECODE
 
 PYTHON ?= python3.11
 JOBS ?= 2
@@ -36,7 +39,7 @@ demo: install ## Run the demo recipe: a tiny student learns from a tiny teacher
 
 .PHONY: test
 test: install-launch slurm ## Run the whole CPU suite
-	$(PYTEST) -m "$(UNIT)" -n $(TEST_JOBS)
+	$(PYTEST) tests/unit -m "$(UNIT)" -n $(TEST_JOBS)
 	$(PYTEST) -m "(real or many) and not gpu and not slow and not transformer_engine" -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder --durations=10
 
 .PHONY: test-slow
@@ -65,7 +68,7 @@ lint: install ## Lint, format, types, import layers
 
 .PHONY: unit
 unit: install ## Unit tests
-	$(PYTEST) -m "$(UNIT)" -n $(TEST_JOBS)
+	$(PYTEST) tests/unit -m "$(UNIT)" -n $(TEST_JOBS)
 
 .PHONY: format
 format: install ## Apply the formatter and the safe lint fixes
