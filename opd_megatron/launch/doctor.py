@@ -70,11 +70,16 @@ def package_folder(module: str, path: SearchPath = None) -> Path | None:
     return Path(next(iter(spec.submodule_search_locations)))
 
 
-def check_python(version: tuple[int, int] = sys.version_info[:2]) -> CheckResult:
-    """Python is one of the supported minor versions."""
+def check_python(
+    version: tuple[int, int] = sys.version_info[:2], caches: bool = not sys.dont_write_bytecode
+) -> CheckResult:
+    """Python is one of the supported minor versions; whether it keeps what it compiled is said, not judged."""
     seen = ".".join(map(str, version))
     if PYTHON_LOW <= version < PYTHON_BELOW:
-        return CheckResult("python", True, f"{platform.python_version()} at {sys.executable}")
+        detail = f"{platform.python_version()} at {sys.executable}"
+        if not caches:
+            detail += "; PYTHONDONTWRITEBYTECODE is set: unless packages are compiled, starts take twice as long"
+        return CheckResult("python", True, detail)
     return CheckResult("python", False, seen, "use Python 3.11, 3.12 or 3.13")
 
 

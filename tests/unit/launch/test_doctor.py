@@ -76,6 +76,12 @@ def test_python_outside_the_supported_range_is_refused(version: tuple[int, int],
     assert doctor.check_python(version).ok is ok
 
 
+def test_a_python_that_compiles_at_every_start_is_told() -> None:
+    said = doctor.check_python((3, 11), caches=False)
+    assert said.ok and "PYTHONDONTWRITEBYTECODE" in said.detail
+    assert "PYTHON" not in doctor.check_python((3, 11), caches=True).detail
+
+
 @pytest.mark.parametrize(("version", "ok"), [("2.31", False), ("2.34", True), ("", False)])
 def test_old_c_library_is_refused(version: str, ok: bool) -> None:
     assert doctor.check_glibc(version).ok is ok
