@@ -46,6 +46,7 @@ _SPREAD_S = {
     "training": 0.1,
     "end": 0.5,
 }
+_ROLES = 3  # learner, rollout and teacher of the demo
 _WORDS = {
     "controller": "controller ended with signal SIGKILL",
     "agent": "learner ended with signal SIGKILL",
@@ -163,9 +164,19 @@ def kill_once(
         arguments = ["run", "demo", "--run-dir", str(run.root), "--resume"]
     began, mark = time.monotonic(), output.stat().st_size if output.exists() else 0
     process = start(*arguments, output=output)
+
+    def ended() -> bool:
+        return process.poll() is not None
+
+    def roles_are_up() -> bool:
+        return output.read_bytes()[mark:].count(b"] ready after ") >= _ROLES
+
     reached = _moment(run, plan, attempts)
+    if plan.moment != "start":
+        # No other moment is before this, and looking often takes time that the start needs.
+        wait_until(lambda: roles_are_up() or ended(), 240, "all roles", 0.1)
     every = 0.001 if plan.moment in ("commit", "publication") else 0.01
-    wait_until(lambda: reached() or process.poll() is not None, 240, plan.moment, every)
+    wait_until(lambda: reached() or ended(), 240, plan.moment, every)
     time.sleep(plan.delay_frac * _SPREAD_S[plan.moment])
     victims: list[psutil.Process] = []
 

@@ -1,8 +1,8 @@
 """A real learner world (torchrun, TP=2, gloo) driven through the mailbox, over two launches.
 
-The first launch trains, publishes, saves, trains on and meets a batch with a NaN; the second
-resumes from the checkpoint on the same recorded batches, must arrive at the same bits, refuses a
-stale batch and ends with it. Not covered here: other layouts (test_megatron_layouts.py) and servers
+The first launch, of new Pythons as on a GPU, trains, publishes, saves, trains on and meets a batch with a NaN; the
+second, of forked ranks, resumes from the checkpoint on the same recorded batches, must arrive at the same bits, refuses
+a stale batch and ends with it. Not covered here: other layouts (test_megatron_layouts.py) and servers
 reading the published directory.
 """
 
@@ -88,7 +88,11 @@ class Learner:
         return answer["result"]
 
 
-def start(work: Path, recipe: Recipe, name: str) -> Learner:
+PLAIN = ("torch.distributed.run", "--standalone")
+FORKED = ("opd_megatron.megatron.torchrun", "--opd-fork")
+
+
+def start(work: Path, recipe: Recipe, name: str, launcher: tuple[str, ...] = FORKED) -> Learner:
     """Launch a world and wait until it is ready."""
     folder, log = work / name, work / f"{name}.log"
     folder.mkdir()
@@ -96,7 +100,7 @@ def start(work: Path, recipe: Recipe, name: str) -> Learner:
     with log.open("wb") as output:
         process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+                *(sys.executable, "-m", *launcher),
                 *("--nproc-per-node", str(recipe.learner.world_size)),
                 *("-m", "opd_megatron.megatron.learner"),
                 *("--run-yaml", str(work / "run.yaml"), "--mailbox", str(folder)),
@@ -145,7 +149,7 @@ def _batches(work: Path) -> list[list[Sample]]:
 
 
 def _first_launch(work: Path, recipe: Recipe, results: dict[str, Any]) -> dict[str, Any]:
-    learner = start(work, recipe, "first")
+    learner = start(work, recipe, "first", PLAIN)
 
     def train(i: int) -> Any:
         return learner.ask("train", batch=str(work / f"batch{i}"), out=str(work / f"out{i}"))
