@@ -8,8 +8,7 @@ MAKEFLAGS += --no-print-directory
 unexport PYTHONDONTWRITEBYTECODE
 
 PYTHON ?= python3.11
-JOBS ?= 2
-# More test processes than cores where they start others: they wait for each other and for time to pass.
+# More test processes than cores: they wait for each other and for time to pass.
 TEST_JOBS ?= 3
 # Overrides for the recipe, e.g. `make demo ARGS="steps=20 learner.tensor_parallel=1"`.
 ARGS ?=
@@ -39,7 +38,7 @@ demo: install ## Run the demo recipe: a tiny student learns from a tiny teacher
 
 .PHONY: test
 test: install-launch slurm ## Run the whole CPU suite
-	$(PYTEST) tests/unit -m "$(UNIT)" -n $(JOBS)
+	$(PYTEST) tests/unit -m "$(UNIT)" -n $(TEST_JOBS)
 	$(PYTEST) tests/real $$(grep -rlE "mark\.(real|many)\b" tests/unit) -m "(real or many) and not gpu and not slow and not transformer_engine" -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder --durations=10
 
 .PHONY: test-slow
@@ -68,7 +67,7 @@ lint: install ## Lint, format, types, import layers
 
 .PHONY: unit
 unit: install ## Unit tests
-	$(PYTEST) tests/unit -m "$(UNIT)" -n $(JOBS)
+	$(PYTEST) tests/unit -m "$(UNIT)" -n $(TEST_JOBS)
 
 .PHONY: format
 format: install ## Apply the formatter and the safe lint fixes
