@@ -46,7 +46,6 @@ _SPREAD_S = {
     "training": 0.1,
     "end": 0.5,
 }
-_ROLES = 3  # learner, rollout and teacher of the demo
 _WORDS = {
     "controller": "controller ended with signal SIGKILL",
     "agent": "learner ended with signal SIGKILL",
@@ -169,7 +168,9 @@ def kill_once(
         return process.poll() is not None
 
     def roles_are_up() -> bool:
-        return output.read_bytes()[mark:].count(b"] ready after ") >= _ROLES
+        text = output.read_bytes()[mark:]
+        started = re.search(rb"^starting (.+)$", text, re.MULTILINE)
+        return started is not None and text.count(b"] ready after ") > started[1].count(b",")
 
     reached = _moment(run, plan, attempts)
     if plan.moment != "start":
