@@ -32,7 +32,8 @@ def test_teachers_are_measured_ranked_and_ended(tmp_path: Path) -> None:
     assert [row["name"] for row in record["teachers"]] == ["main", "itself"]
     itself, main = rows["itself"], rows["main"]
     assert itself["exact"] and abs(itself["reverse_kl"]) < 1e-5 and abs(itself["forward_kl"]) < 1e-5
-    assert itself["overlap"] == 1.0 and itself["student_mass"] == itself["teacher_mass"]
+    # Two servers, which form other batches: equal up to the rounding of a sum.
+    assert itself["overlap"] == 1.0 and abs(itself["student_mass"] - itself["teacher_mass"]) < 1e-5
     assert main["reverse_kl"] > 0.01 and main["forward_kl"] > 0.01
     assert 0 < main["overlap"] < 1 and 0 < main["student_mass"] <= 1
     assert main["accuracy"] > record["student"]["accuracy"] + 0.1
