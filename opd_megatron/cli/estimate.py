@@ -132,9 +132,9 @@ def _lines(recipe: Recipe, plan: Plan) -> list[str]:
 
 
 def _balanced(plan: Plan) -> list[str]:
-    best = plan.balanced
     if plan.device.is_cpu:
         return []
+    best = plan.balanced
     if best.settings and best.time.step < 0.98 * plan.time.step:
         settings = " ".join(f"{key}={value}" for key, value in best.settings.items())
         return [f"balanced: {_roles(best.gpus)}: {best.time.step:,.0f} s a step; {settings}"]

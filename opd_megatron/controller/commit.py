@@ -74,8 +74,8 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _in_threads(work: Callable[[Path], T], paths: Sequence[Path]) -> list[T]:
-    """`work` of every file, several at a time: one thread hashes 0.6 GB/s here, less than a parallel file system reads,
-    and the learner writes a file a rank. The first error in the order of the files is raised.
+    """`work` of every file, several at a time: the learner writes a file a rank, and hashing leaves other threads the
+    interpreter. The first error in the order of the files is raised.
     """
     with ThreadPoolExecutor(_HASHING_THREADS, "hashing") as threads:
         return list(threads.map(work, paths))

@@ -166,9 +166,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     die_with_parent(int(os.environ.get(AGENT_PID) or os.getppid()))
     end_at_parents_request()
-    take_name(f"{RANK_NAME}-{os.environ.get('RANK', '')}")
-    # Where does a rank hang? Its launcher asks before it ends the rank (launch/stacks.py).
+    # Where does a rank hang? Its launcher asks before it ends the rank, which it finds by the name (launch/stacks.py).
     faulthandler.register(signal.SIGUSR1)
+    take_name(f"{RANK_NAME}-{os.environ.get('RANK', '')}")
     log.setLevel(logging.INFO)
     logging.basicConfig(
         level=logging.WARNING,

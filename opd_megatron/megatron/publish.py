@@ -9,8 +9,10 @@ a resumed run publishes again from its checkpoint.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from megatron.core.models.gpt import GPTModel
 
 from opd_megatron.atomic import write_json
 from opd_megatron.exchange.beats import Mark, unwatched
+from opd_megatron.lifeline import BEAT_S
 from opd_megatron.megatron.architecture import CONFIG_FILE, Architecture
 from opd_megatron.megatron.hf import stream
 from opd_megatron.megatron.hf_names import hf_shapes
@@ -57,8 +60,12 @@ def _swap_in(temporary: Path, directory: Path) -> None:
 def _marked(
     tensors: Iterator[tuple[str, torch.Tensor]], mark: Mark
 ) -> Iterator[tuple[str, torch.Tensor]]:
+    marked = -math.inf
     for name, tensor in tensors:
-        mark(f"publishing {name}")
+        # A model has hundreds of tensors; nobody looks more often.
+        if time.monotonic() - marked >= BEAT_S:
+            marked = time.monotonic()
+            mark(f"publishing {name}")
         yield name, tensor
 
 
@@ -77,7 +84,7 @@ def publish(
         student_path: where config, tokenizer and templates come from.
         directory: the new directory; its parent exists.
         version: weight version, kept in the header of every weight file.
-        mark: told of every tensor, on rank 0.
+        mark: told of a tensor every second, on rank 0.
 
     Returns:
         (bytes of the weight files, tensors); (0, 0) on other ranks than 0.

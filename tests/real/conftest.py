@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from slurm_cluster import Cluster, missing_programs
 
 SLURM_NODES = 5
-# Minutes each. They start first, so that none is left to run alone at the end.
+# They take longest and start first, so that none is left to run alone at the end.
 LONGEST = (
     "test_slurm_jobs.py",
     "test_slurm_nemo.py",

@@ -205,7 +205,8 @@ def test_the_page_has_markers_for_both_devices(tmp_path: Path) -> None:
     copy = tmp_path / "page.md"
     copy.write_text(loss.DOCS_PAGE.read_text())
     for name in ("loss cpu", "loss cuda", "step cpu", "step cuda"):
-        report.write_between_markers(copy, name, "new")
+        report.write_between_markers(copy, name, f"new {name}")
+        assert f"<!-- {name} begin -->\n\nnew {name}\n" in copy.read_text()
 
 
 def test_the_command_runs_each_method_in_its_process_and_writes_json(

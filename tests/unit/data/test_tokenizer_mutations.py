@@ -67,6 +67,7 @@ def test_what_changes_no_meaning_passes(student: Path, tmp_path: Path) -> None:
         NEUTRAL[number % len(NEUTRAL)](files, rng)
         write(files, tmp_path)
         compare_tokenizers(student, tmp_path)
+        assert tokenizer_fingerprint(tmp_path).digest == tokenizer_fingerprint(student).digest
 
 
 def test_forms_can_be_accepted_one_by_one_and_ids_never(student: Path, tmp_path: Path) -> None:

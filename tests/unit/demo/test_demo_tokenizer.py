@@ -8,7 +8,7 @@ import pytest
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from opd_megatron.data.chat import compare_tokenizers
+from opd_megatron.data.chat import compare_tokenizers, tokenizer_fingerprint
 from opd_megatron.demo.tokenizer import (
     CHARACTERS,
     IM_END,
@@ -67,3 +67,5 @@ def test_system_message_and_unknown_character_are_refused(
 
 def test_shipped_teacher_and_student_share_the_tokenizer() -> None:
     compare_tokenizers(SHIPPED / "student", SHIPPED / "teacher")
+    digests = {tokenizer_fingerprint(SHIPPED / name).digest for name in ("student", "teacher")}
+    assert len(digests) == 1
