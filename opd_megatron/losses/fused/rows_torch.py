@@ -37,6 +37,23 @@ def pick(
     return torch.where(local_ids_TJ >= 0, picked_TJ, torch.zeros_like(picked_TJ))
 
 
+def _scratch(real_TV: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Memory of the largest block, for every block: fresh memory costs a CPU more than the arithmetic in it."""
+    num_rows, num_columns = real_TV.shape
+    largest = next(row_blocks(num_rows, num_columns, real_TV.device), slice(0, 0))
+    return real_TV.new_empty((largest.stop, num_columns), dtype=dtype)
+
+
+def _write_shifted(
+    logits: torch.Tensor, shift_T: torch.Tensor, scale: float, out: torch.Tensor
+) -> torch.Tensor:
+    """scale * logits - shift, written to `out` (which may be the logits) in as few passes as that takes."""
+    source = logits if logits.dtype == out.dtype else out.copy_(logits)
+    if scale != 1.0:
+        source = torch.mul(source, scale, out=out)
+    return torch.sub(source, shift_T[:, None], out=out)
+
+
 def moments(real_TV: torch.Tensor, local_ids_TJ: torch.Tensor, scale: float) -> Moments:
     """See `rows`."""
     dtype = statistics_dtype(real_TV.dtype)
@@ -45,13 +62,15 @@ def moments(real_TV: torch.Tensor, local_ids_TJ: torch.Tensor, scale: float) -> 
     sum_T = torch.zeros_like(max_T)
     weighted_T = torch.zeros_like(max_T)
     if num_columns:
+        scratch_z, scratch_e = _scratch(real_TV, dtype), _scratch(real_TV, dtype)
         for rows in row_blocks(num_rows, num_columns, real_TV.device):
-            z = real_TV[rows].to(dtype, copy=True).mul_(scale)
-            m = z.amax(-1)
+            block = real_TV[rows]
+            m = block.amax(-1).to(dtype) * scale
             max_T[rows] = m
             # A row without mass must not compute -inf - -inf.
-            z.sub_(torch.where(m == -math.inf, torch.zeros_like(m), m)[:, None])
-            e = z.exp()
+            shift = torch.where(m == -math.inf, 0.0, m)
+            z = _write_shifted(block, shift, scale, scratch_z[: len(block)])
+            e = torch.exp(z, out=scratch_e[: len(block)])
             sum_T[rows] = e.sum(-1)
             weighted_T[rows] = e.mul_(z.clamp_min_(LOG_FLOOR)).sum(-1)
     return Moments(max_T, sum_T, weighted_T, pick(real_TV, local_ids_TJ, scale, dtype))
@@ -62,14 +81,24 @@ def gradient(real_TV: torch.Tensor, out_TV: torch.Tensor, row: RowGradient, scal
     num_rows, num_columns = real_TV.shape
     if num_columns == 0:
         return
+    dtype = row.log_z_T.dtype
     owned_TJ = row.local_ids_TJ >= 0
     columns_TJ = row.local_ids_TJ.clamp_min(0)
     sparse_TJ = torch.where(owned_TJ, row.grad_logprobs_TJ, torch.zeros_like(row.grad_logprobs_TJ))
+    # Most objectives have the entropy as a metric only; half of the passes are for its gradient.
+    scratch_entropy = _scratch(real_TV, dtype) if bool(row.grad_entropy_T.any()) else None
+    scratch = None if out_TV.dtype == dtype else _scratch(real_TV, dtype)
     for rows in row_blocks(num_rows, num_columns, real_TV.device):
-        logp = real_TV[rows].to(row.log_z_T.dtype, copy=True).mul_(scale)
-        logp.sub_(row.log_z_T[rows, None])
-        dz = logp.exp()
-        centered = logp.clamp_min_(LOG_FLOOR).add_(row.entropy_T[rows, None])  # z - E
-        dz.mul_(centered.mul_(-row.grad_entropy_T[rows, None]).add_(row.dense_T[rows, None]))
-        dz.scatter_add_(1, columns_TJ[rows], sparse_TJ[rows])
-        out_TV[rows] = dz.mul_(scale).to(out_TV.dtype)
+        out = out_TV[rows]
+        dz = out if scratch is None else scratch[: len(out)]
+        factor = row.dense_T[rows, None]
+        logp = _write_shifted(real_TV[rows], row.log_z_T[rows], scale, dz)
+        if scratch_entropy is not None:
+            centered = torch.clamp(logp, min=LOG_FLOOR, out=scratch_entropy[: len(out)])
+            centered.add_(row.entropy_T[rows, None])  # z - E
+            factor = centered.mul_(-row.grad_entropy_T[rows, None]).add_(factor)
+        dz.exp_().mul_(factor).scatter_add_(1, columns_TJ[rows], sparse_TJ[rows])
+        if scale != 1.0:
+            dz.mul_(scale)
+        if dz is not out:
+            out.copy_(dz)
