@@ -3,10 +3,10 @@
     prompt | turn 1 | observation | turn 2 | ...      one sequence, scored by the teacher in one prefill
              trains   read, masked   trains
 
-Every turn is a request of its own that begins with all tokens so far, so a server's prefix cache holds the
-conversation. Tokens are never read back from text: what the student wrote stays as it was sampled, and an observation
-is what the chat template writes between two of its turns. A turn that is cut at `rollout.max_new_tokens` ends the
-episode, because the student has not given up its turn.
+Every turn is a request of its own that begins with all tokens so far. It goes to the server of the turn before, whose
+prefix cache holds them, unless that one is clearly busier than others. Tokens are never read back from text: what the
+student wrote stays as it was sampled, and an observation is what the chat template writes between two of its turns. A
+turn that is cut at `rollout.max_new_tokens` ends the episode, because the student has not given up its turn.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from opd_megatron.config.schema import EnvironmentConfig
+from opd_megatron.config.schema import EnvironmentConfig, Recipe
 from opd_megatron.data.chat import ChatTokenizer
-from opd_megatron.environments.environment import make_environment
+from opd_megatron.environments.environment import environment_maker
 from opd_megatron.errors import ContractError
 from opd_megatron.serving.client import Sampling
 from opd_megatron.serving.contract import Generation
@@ -65,6 +65,11 @@ class Episode:
         self._kept += [0.0] * len(ids)
         self._versions += self._versions[-1:] * len(ids)
 
+    @property
+    def server(self) -> str:
+        """Of the turn before; empty before the first."""
+        return "" if self._last is None else self._last.server
+
     def to_rollout(self, reward: float) -> Rollout:
         last, versions = self._last, self._versions
         assert last is not None, "an episode has a turn"
@@ -88,57 +93,70 @@ class Episode:
         )
 
 
-async def generate_episodes(
-    servers: ServerPool,
-    prompt: Prompt,
-    sampling: Sampling,
-    sample_ids: Sequence[str],
-    attempt: int,
-    tokenizer: ChatTokenizer,
-    config: EnvironmentConfig,
-    num_control: int = 0,
-) -> tuple[Rollout, ...]:
-    """One episode per sample id for one prompt, whose first `num_control` tokens are a control text, at once.
+class Conversations:
+    """Plays the episodes of a run; what they share is made once."""
+
+    def __init__(self, tokenizer: ChatTokenizer, config: EnvironmentConfig) -> None:
+        self._tokenizer = tokenizer
+        self._config = config
+        self._new_environment = environment_maker(config)
+
+    async def generate(
+        self,
+        servers: ServerPool,
+        prompt: Prompt,
+        sampling: Sampling,
+        sample_ids: Sequence[str],
+        attempt: int,
+        num_control: int = 0,
+    ) -> tuple[Rollout, ...]:
+        """One episode per sample id for one prompt, whose first `num_control` tokens are a control text, at once.
+
+        Raises:
+            RequestRefused: a server calls a conversation wrong.
+            ContractError: an answer, or an observation, that can not be used; nothing of the group is kept.
+            ServerError: no server can be used.
+        """
+        episodes = (
+            self._play(servers, Episode(prompt, sample_id, num_control), sampling, attempt)
+            for sample_id in sample_ids
+        )
+        return tuple(await all_or_first_error(episodes))
+
+    async def _play(
+        self, servers: ServerPool, episode: Episode, sampling: Sampling, attempt: int
+    ) -> Rollout:
+        environment, max_turns = self._new_environment(), self._config.max_turns
+        environment.reset(episode.prompt)
+        reward = 0.0
+        for turn in range(1, max_turns + 1):
+            so_far = (*episode.prompt.token_ids, *episode.ids)
+            name = f"{episode.sample_id}/{attempt}/turn{turn}"
+            (generation,) = await servers.generate(
+                [so_far], sampling, [name], stay_with=episode.server
+            )
+            episode.add_turn(generation)
+            if generation.finish_reason == "length":
+                break
+            text = self._tokenizer.decode_response(generation.token_ids)
+            step = await asyncio.to_thread(environment.step, text)
+            reward = step.reward
+            if not step.messages or turn == max_turns:
+                break
+            episode.add_observation(
+                _observed(self._tokenizer, step.messages, episode, self._config)
+            )
+        return episode.to_rollout(reward)
+
+
+def conversations_of(recipe: Recipe, tokenizer: ChatTokenizer) -> Conversations | None:
+    """None where a response is one turn.
 
     Raises:
-        RequestRefused: a server calls a conversation wrong.
-        ContractError: an answer, or an observation, that can not be used; nothing of the group is kept.
-        ServerError: no server can be used.
+        ConfigError: no such environment, or something that it needs is missing.
     """
-    episodes = (
-        _play(
-            servers, Episode(prompt, sample_id, num_control), sampling, attempt, tokenizer, config
-        )
-        for sample_id in sample_ids
-    )
-    return tuple(await all_or_first_error(episodes))
-
-
-async def _play(
-    servers: ServerPool,
-    episode: Episode,
-    sampling: Sampling,
-    attempt: int,
-    tokenizer: ChatTokenizer,
-    config: EnvironmentConfig,
-) -> Rollout:
-    environment = make_environment(config)
-    environment.reset(episode.prompt)
-    reward = 0.0
-    for turn in range(1, config.max_turns + 1):
-        so_far = (*episode.prompt.token_ids, *episode.ids)
-        name = f"{episode.sample_id}/{attempt}/turn{turn}"
-        (generation,) = await servers.generate([so_far], sampling, [name])
-        episode.add_turn(generation)
-        if generation.finish_reason == "length":
-            break
-        text = tokenizer.decode_response(generation.token_ids)
-        step = await asyncio.to_thread(environment.step, text)
-        reward = step.reward
-        if not step.messages or turn == config.max_turns:
-            break
-        episode.add_observation(_observed(tokenizer, step.messages, episode, config))
-    return episode.to_rollout(reward)
+    environment = recipe.environment
+    return None if environment.name == "none" else Conversations(tokenizer, environment)
 
 
 def _observed(

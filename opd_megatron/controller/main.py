@@ -21,6 +21,7 @@ from opd_megatron.config.schema import Recipe
 from opd_megatron.controller import commit, records
 from opd_megatron.controller.core import Core, CoreSettings
 from opd_megatron.controller.entry import run_attempt
+from opd_megatron.controller.episodes import conversations_of
 from opd_megatron.controller.evaluation import Evaluator
 from opd_megatron.controller.in_process import LearnerTeachers
 from opd_megatron.controller.publishing import Publisher
@@ -194,6 +195,7 @@ async def _train(
             publisher=publisher,
             teaching=Teaching(recipe, roles, tokenizer, aliases),
             sample_maker=SampleMaker(recipe, tokenizer, aliases),
+            conversations=conversations_of(recipe, tokenizer),
             records=book,
             console=console,
             fingerprint=inputs.fingerprint,

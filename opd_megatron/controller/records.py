@@ -144,7 +144,10 @@ def colored_rollout(
     rollout = samples[index].rollout
     cut = slice(begin, begin + len(rollout.response_ids))
     correct = None
-    if grader is not None and prompt.answer is not None:
+    if rollout.reward is not None:
+        # A conversation's environment judged its last turn; a grader would read all of it as one answer.
+        correct = rollout.reward == 1.0
+    elif grader is not None and prompt.answer is not None:
         text = tokenizer.decode_response(rollout.response_ids)
         correct = grader(prompt.text, text, prompt.answer, not rollout.truncated)
     return ColoredRollout(

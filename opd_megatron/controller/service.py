@@ -20,7 +20,7 @@ from opd_megatron.controller import protocol, records
 from opd_megatron.controller.alarms import Alarms
 from opd_megatron.controller.committing import Committer
 from opd_megatron.controller.core import Core
-from opd_megatron.controller.episodes import generate_episodes
+from opd_megatron.controller.episodes import Conversations
 from opd_megatron.controller.evaluation import Evaluator
 from opd_megatron.controller.generation import generate_group, sampling_of
 from opd_megatron.controller.given import given_rollout, given_scores
@@ -65,6 +65,7 @@ class Context:
     publisher: Publisher
     teaching: Teaching
     sample_maker: SampleMaker
+    conversations: Conversations | None
     records: records.Records
     console: RunConsole
     fingerprint: dict[str, object]
@@ -206,15 +207,14 @@ class Service:
         self, prompt: Prompt, names: list[str], attempt: int, num_control: int
     ) -> tuple[Rollout, ...]:
         """One rollout a name: one response, or a conversation with the recipe's environment."""
-        servers, environment = self.context.roles.rollout, self.context.recipe.environment
-        if environment.name == "none":
-            topk = self.context.teaching.wanted.student_topk
-            return await generate_group(
-                servers, prompt, self._sampling, names, attempt, topk, num_control
+        servers, conversations = self.context.roles.rollout, self.context.conversations
+        if conversations is not None:
+            return await conversations.generate(
+                servers, prompt, self._sampling, names, attempt, num_control
             )
-        tokenizer = self.context.tokenizer
-        return await generate_episodes(
-            servers, prompt, self._sampling, names, attempt, tokenizer, environment, num_control
+        topk = self.context.teaching.wanted.student_topk
+        return await generate_group(
+            servers, prompt, self._sampling, names, attempt, topk, num_control
         )
 
     async def _score(self, action: protocol.Score) -> protocol.Event:
@@ -248,7 +248,8 @@ class Service:
 
     async def _train(self, action: protocol.Train) -> protocol.Event:
         batch = self.context.attempt.batches / f"step_{action.step:06d}.safetensors"
-        write_batch(batch, action.step, action.version, action.samples)
+        # In a thread: rollouts and scores of later steps go on, and so does the heartbeat.
+        await asyncio.to_thread(write_batch, batch, action.step, action.version, action.samples)
         # Every request is answered by now; what a teacher inside the learner takes is no latency.
         self._latencies = sorted(self._watch.durations("teacher"))
         answer = await self.context.roles.learner.ask(
@@ -347,6 +348,7 @@ class Service:
                 self._alarms.check(step, row)
             self._show_rollouts(step, {prompt.id: prompt for _, prompt in trained})
             self._discard_batches(step)
+            self._samples = ()  # With a top-K they are gigabytes.
 
     def _show_rollouts(self, step: int, prompts: dict[str, Prompt]) -> None:
         observe, recipe = self.context.recipe.observe, self.context.recipe

@@ -4,7 +4,8 @@
     step(response)    the student's turn as text -> messages that answer it, or the end, and the reward so far
 
 What the student writes trains; what the environment writes is read by the student, scored by nobody and never
-trained. One object plays one episode at a time. `step` may take a while: it is called in a thread.
+trained. One object plays one episode. `step` may take a while: it is called in a thread, and other episodes are in
+theirs.
 
 Left out: environments that are servers of their own, tool calls in a model's own format (an environment may parse
 them from the text), images.
@@ -39,12 +40,14 @@ class Environment(Protocol):
     def step(self, response: str) -> Step: ...
 
 
-# Name -> what makes an object for an episode, from the recipe's section.
-ENVIRONMENTS: Registry[Callable[[EnvironmentConfig], Environment]] = Registry("environment")
+NewEnvironment = Callable[[], Environment]
+
+# Name -> of the recipe's section, what makes an object for each episode. What episodes share (a grader) is made once.
+ENVIRONMENTS: Registry[Callable[[EnvironmentConfig], NewEnvironment]] = Registry("environment")
 
 
-def make_environment(config: EnvironmentConfig) -> Environment:
-    """A fresh object of the environment that the recipe names.
+def environment_maker(config: EnvironmentConfig) -> NewEnvironment:
+    """What makes fresh objects of the environment that the recipe names, one for each episode.
 
     Raises:
         ConfigError: no such environment, or something that it needs is missing.

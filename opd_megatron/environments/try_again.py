@@ -11,7 +11,7 @@ teacher scores how it goes on from there. Right is what the grader says. Works w
 from __future__ import annotations
 
 from opd_megatron.config.schema import EnvironmentConfig
-from opd_megatron.environments.environment import ENVIRONMENTS, Environment, Step
+from opd_megatron.environments.environment import ENVIRONMENTS, NewEnvironment, Step
 from opd_megatron.errors import DataError
 from opd_megatron.eval.grading import Grader, make_grader
 from opd_megatron.types import Prompt
@@ -42,5 +42,6 @@ class TryAgain:
 
 
 @ENVIRONMENTS.register("try_again")
-def _make(config: EnvironmentConfig) -> Environment:
-    return TryAgain(make_grader(config.grader, "environment.grader"))
+def _maker(config: EnvironmentConfig) -> NewEnvironment:
+    grader = make_grader(config.grader, "environment.grader")
+    return lambda: TryAgain(grader)

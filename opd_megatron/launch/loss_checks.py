@@ -6,7 +6,7 @@ from pathlib import Path
 
 from opd_megatron.config.schema import Recipe, TeacherConfig
 from opd_megatron.data.rows import RowScan
-from opd_megatron.environments.environment import make_environment
+from opd_megatron.environments.environment import environment_maker
 from opd_megatron.errors import ConfigError, DataError
 from opd_megatron.eval.grading import make_grader
 from opd_megatron.losses.catalog import Objective
@@ -86,7 +86,7 @@ def check_environment(recipe: Recipe, train: RowScan) -> None:
     """
     if recipe.environment.name == "none":
         return
-    make_environment(recipe.environment)
+    environment_maker(recipe.environment)
     for row in train.rows:
         if row.answer is None:
             raise DataError(

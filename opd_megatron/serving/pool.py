@@ -98,8 +98,12 @@ class ServerPool:
         sampling: Sampling,
         rids: Sequence[str],
         topk: int = 0,
+        stay_with: str = "",
     ) -> list[Generation]:
         """As `SglangClient.generate`, by any server in service.
+
+        Args:
+            stay_with: server that wrote what the prompts end with: it has them in its cache.
 
         Raises:
             RequestRefused, InvalidRequest: the request's fault.
@@ -119,7 +123,7 @@ class ServerPool:
                 _check_version(member, held, answer.version_first, answer.version_last)
             return answers
 
-        return await self._somewhere(prompts[0], len(prompts), ask)
+        return await self._somewhere(prompts[0], len(prompts), ask, stay_with)
 
     async def score(
         self, sequences: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], topk: int = 0
@@ -154,12 +158,16 @@ class ServerPool:
         return await self._somewhere(sequences[0][0], len(sequences), ask)
 
     async def _somewhere(
-        self, prefix: Sequence[int], size: int, ask: Callable[[Member, int], Awaitable[Result]]
+        self,
+        prefix: Sequence[int],
+        size: int,
+        ask: Callable[[Member, int], Awaitable[Result]],
+        stay_with: str = "",
     ) -> Result:
         """Ask servers in turn until one gives an answer that can be used."""
         failed: list[Member] = []
         while True:
-            member = await self._in_service(prefix, failed)
+            member = await self._in_service(prefix, failed, stay_with)
             member.load += size
             try:
                 answer = await ask(member, len(failed))
@@ -186,10 +194,13 @@ class ServerPool:
             async with self._updating:
                 pass
 
-    async def _in_service(self, prefix: Sequence[int], avoid: Sequence[Member]) -> Member:
+    async def _in_service(
+        self, prefix: Sequence[int], avoid: Sequence[Member], stay_with: str = ""
+    ) -> Member:
         """A server for a request; waits for one to come back when there is none."""
         deadline = time.monotonic() + self._return_timeout_s
-        while (member := choose(list(self._members.values()), prefix, avoid)) is None:
+        members = list(self._members.values())
+        while (member := choose(members, prefix, avoid, stay_with)) is None:
             if self._fatal is not None:
                 raise self._fatal
             self._changed.clear()
@@ -197,9 +208,7 @@ class ServerPool:
                 async with asyncio.timeout(deadline - time.monotonic()):
                     await self._changed.wait()
             except TimeoutError as error:
-                reasons = "; ".join(
-                    m.why_out or f"{m.name} is stale" for m in self._members.values()
-                )
+                reasons = "; ".join(m.why_out or f"{m.name} is stale" for m in members)
                 raise ServerError(
                     f"{self.name}: no server in service for {self._return_timeout_s:g} s: {reasons}"
                 ) from error

@@ -15,16 +15,17 @@ from opd_megatron.config.overrides import apply_overrides
 from opd_megatron.config.recipes import load_recipe
 from opd_megatron.config.rules import problems
 from opd_megatron.config.schema import EnvironmentConfig, ObjectiveConfig, TaskConfig
-from opd_megatron.controller.episodes import generate_episodes
-from opd_megatron.controller.records import age_metrics, length_metrics
+from opd_megatron.controller.episodes import Conversations
+from opd_megatron.controller.records import age_metrics, colored_rollout, length_metrics
 from opd_megatron.controller.samples import SampleMaker
 from opd_megatron.data.chat import ChatTokenizer, load_chat_tokenizer
 from opd_megatron.errors import ContractError
+from opd_megatron.eval.grading import make_grader
 from opd_megatron.exchange.batch_file import read_index, read_whole, write_batch
 from opd_megatron.exchange.staleness import check_staleness
 from opd_megatron.serving.client import Sampling
 from opd_megatron.serving.contract import Generation
-from opd_megatron.types import Prompt, Rollout, TeacherScores
+from opd_megatron.types import Prompt, Rollout, Sample, TeacherScores
 
 IM_START, IM_END = 2, 3
 WRONG, RIGHT = "0+5=5,8+4=12>124", "0+5=5,8+4=12>125"
@@ -51,12 +52,19 @@ class Script:
         self.tokenizer, self.turns = tokenizer, list(turns)
         self.prompts: list[tuple[int, ...]] = []
         self.rids: list[str] = []
+        self.wished: list[str] = []
 
     async def generate(
-        self, prompts: Sequence[tuple[int, ...]], _: Sampling, rids: Sequence[str]
+        self,
+        prompts: Sequence[tuple[int, ...]],
+        _: Sampling,
+        rids: Sequence[str],
+        *,
+        stay_with: str,
     ) -> list[Generation]:
         self.prompts += prompts
         self.rids += rids
+        self.wished.append(stay_with)
         text, version, is_cut = self.turns.pop(0)
         ids = ids_of(self.tokenizer, text)
         ids = ids if is_cut else (*ids, IM_END)
@@ -72,9 +80,8 @@ def prompt(tokenizer: ChatTokenizer) -> Prompt:
 
 def play(tokenizer: ChatTokenizer, script: Any, config: EnvironmentConfig = CONFIG) -> Rollout:
     asked = prompt(tokenizer)
-    (rollout,) = asyncio.run(
-        generate_episodes(script, asked, SAMPLING, ["p@0#0"], 1, tokenizer, config)
-    )
+    conversations = Conversations(tokenizer, config)
+    (rollout,) = asyncio.run(conversations.generate(script, asked, SAMPLING, ["p@0#0"], 1))
     return rollout
 
 
@@ -91,6 +98,7 @@ def test_a_conversation_is_one_sequence_in_which_every_turn_stays_as_it_was_samp
     assert rollout.sampled.tolist() == [True] * len(first) + [False] * 7 + [True] * len(second)
     assert script.prompts == [asked, (*asked, *first, *asked)]
     assert len(set(script.rids)) == 2
+    assert script.wished == ["", "rollout-0"], "the conversation is in that server's cache"
     assert (rollout.reward, rollout.finish_reason, rollout.spans) == (1.0, "stop", ())
 
 
@@ -138,6 +146,18 @@ def test_what_the_environment_wrote_never_trains_and_has_no_age(
     assert age_metrics([sample], 5)["offpolicy/token_age_mean"] == 0.5
     lengths = length_metrics([sample])
     assert (lengths["rollout/len_mean"], lengths["rollout/turns_mean"]) == (34.0, 2.0)
+
+
+def test_a_shown_conversation_is_right_when_its_environment_says_so(
+    tokenizer: ChatTokenizer,
+) -> None:
+    grader = make_grader("column_addition")
+    for last, right in ((RIGHT, True), (WRONG, False)):
+        rollout = play(tokenizer, Script(tokenizer, (WRONG, 4, False), *[(last, 4, False)] * 2))
+        zeros = np.zeros(len(rollout.response_ids), np.float32)
+        sample = Sample(rollout, TeacherScores("math", zeros))
+        shown = colored_rollout(1, 0, [sample], prompt(tokenizer), zeros, zeros, tokenizer, grader)
+        assert shown.correct is right
 
 
 def test_rules_of_conversations_name_the_fix() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -55,11 +56,21 @@ def test_math_verify_without_its_package_names_the_fix(monkeypatch: pytest.Monke
         make_grader("math_verify")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def math_grader() -> Iterator[MathVerifyGrader]:
-    grader = MathVerifyGrader(timeout_s=3.0)
+    grader = MathVerifyGrader(timeout_s=3.0, workers=1)
     yield grader
     grader.close()
+
+
+def test_callers_in_many_threads_get_the_verdict_of_their_own_response(
+    math_grader: MathVerifyGrader,
+) -> None:
+    def verdict(number: int) -> bool:
+        return math_grader("", f"\\boxed{{{number}}}", str(number - number % 3), True)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(verdict, range(90))) == [number % 3 == 0 for number in range(90)]
 
 
 def test_math_verify_compares_values_and_survives_a_response_that_never_parses(

@@ -103,6 +103,21 @@ def test_of_equal_servers_a_prompt_always_meets_the_same_one_and_prompts_spread(
     assert all(b is a for a, b in zip(chosen, moved, strict=True) if a is not members[0])
 
 
+def test_a_conversation_stays_with_its_server_unless_that_one_is_clearly_busier() -> None:
+    def chosen(loads: tuple[int, int], stay_with: str = "a") -> str:
+        members = [in_service("a", loads[0]), in_service("b", loads[1])]
+        member = choose(members, (1,), stay_with=stay_with)
+        assert member is not None
+        return member.name
+
+    assert [chosen(loads) for loads in ((1, 0), (2, 0), (50, 40), (51, 40))] == ["a", "b", "a", "b"]
+    assert chosen((1, 0), "gone") == "b"
+    members = [in_service("a"), in_service("b", 9)]
+    assert choose(members, (1,), avoid=[members[0]], stay_with="a") is members[1]
+    members[0].state = State.OUT
+    assert choose(members, (1,), stay_with="a") is members[1]
+
+
 def test_a_server_that_failed_a_request_does_not_get_it_again_while_there_is_another() -> None:
     members = [in_service("a"), in_service("b", 9)]
     assert choose(members, (1,), avoid=[members[0]]) is members[1]
