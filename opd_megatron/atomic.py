@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,20 @@ def write_bytes(path: Path, content: bytes, durable: bool = True, mode: int = 0o
     os.replace(temporary, path)
     if durable:
         fsync_dir(path.parent)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary sibling that takes the place of `path` when the block ends, and is removed when it fails.
+
+    For what a library writes by itself. Not durable: for messages that only live while processes do.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any, durable: bool = True, mode: int = 0o644) -> None:

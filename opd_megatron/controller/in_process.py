@@ -6,6 +6,7 @@ writes nothing and has no server: its own accuracy can not be measured, and is n
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,9 +42,9 @@ class LearnerTeachers:
         batch, out = (self.folder / f"compare{end}.safetensors" for end in ("", ".tokens"))
         samples = [Sample(rollout, unscored(rollout, teacher)) for rollout in rollouts]
         version = max((rollout.version_last for rollout in rollouts), default=0)
-        write_batch(batch, version + 1, version, samples)
+        await asyncio.to_thread(write_batch, batch, version + 1, version, samples)
         await self.link.ask("compare", batch=str(batch), out=str(out))
-        values = load_file(out)
+        values = await asyncio.to_thread(load_file, out)
         batch.unlink()
         out.unlink()
         return values

@@ -19,7 +19,7 @@ Metadata: `step`, `weight_version`, `sample_ids` (JSON), `teachers` (JSON), `for
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import safe_open
-from safetensors.numpy import save
 
-from opd_megatron.atomic import write_bytes
 from opd_megatron.errors import ContractError
+from opd_megatron.exchange.array_file import write_arrays
 from opd_megatron.types import Sample
 
 FORMAT = "opd-step-batch-3"
+EntropyOf = Callable[[NDArray[np.float32]], NDArray[np.float32]]
+
+# Of a top-K, read at a time: 16 MiB for K = 64.
+_ROWS_AT_ONCE = 1 << 16
 
 _SLICED_DTYPES: dict[str, type] = {
     "tokens": np.int32,
@@ -84,7 +87,7 @@ class BatchIndex:
 class WholeBatch:
     """The per-token arrays of all samples in batch order: small next to the tokens' activations.
 
-    [sum L] unless said. `topk_logprobs` is read only on request.
+    [sum L] unless said. Of a top-K, which is not small, only the teacher's entropy on request.
     """
 
     response_offsets: NDArray[np.int64]  # [N + 1]
@@ -94,7 +97,7 @@ class WholeBatch:
     token_versions: NDArray[np.int32]
     groups: NDArray[np.int32]  # [N]
     rewards: NDArray[np.float32] | None  # [N]
-    topk_logprobs: NDArray[np.float32] | None  # [sum L, K]
+    teacher_entropy: NDArray[np.float32] | None
     kept_logmass: NDArray[np.float32] | None = None
 
 
@@ -115,7 +118,7 @@ def _trainable(sample: Sample) -> NDArray[np.bool_]:
 
 
 def write_batch(path: Path, step: int, weight_version: int, samples: Sequence[Sample]) -> None:
-    """Write a step batch atomically.
+    """Write a step batch atomically; beside the samples it takes the memory of one copy of them.
 
     Raises:
         ContractError: arrays of a sample disagree in length, or only some samples carry a top-K.
@@ -145,7 +148,10 @@ def write_batch(path: Path, step: int, weight_version: int, samples: Sequence[Sa
     numbers: dict[str, int] = {}
 
     def flat(arrays: list[NDArray], dtype: type) -> NDArray:
-        return np.concatenate(arrays).astype(dtype) if arrays else np.zeros(0, dtype)
+        if not arrays:
+            return np.zeros(0, dtype)
+        # With its dtype: a second copy of a top-K of millions of tokens would be gigabytes.
+        return np.concatenate(arrays, dtype=dtype, casting="unsafe")
 
     tokens = [np.asarray(s.rollout.prompt_ids + s.rollout.response_ids) for s in samples]
     arrays: dict[str, NDArray] = {
@@ -175,7 +181,7 @@ def write_batch(path: Path, step: int, weight_version: int, samples: Sequence[Sa
         "sample_ids": json.dumps([s.rollout.sample_id for s in samples]),
         "teachers": json.dumps([s.scores.teacher for s in samples]),
     }
-    write_bytes(path, save(arrays, metadata), durable=False)
+    write_arrays(path, arrays, metadata)
 
 
 def _checked_metadata(path: Path, file: Any) -> dict[str, str]:
@@ -205,11 +211,11 @@ def read_index(path: Path) -> BatchIndex:
         )
 
 
-def read_whole(path: Path, *, with_topk: bool = False) -> WholeBatch:
+def read_whole(path: Path, *, entropy_of: EntropyOf | None = None) -> WholeBatch:
     """Read the per-token arrays of all samples.
 
     Args:
-        with_topk: also the teachers' top-K log-probs, where the batch has them.
+        entropy_of: [n, K] top-K log-probs to the teacher's entropy, [n]; for a batch with a top-K.
 
     Raises:
         ContractError: not a step batch of this format.
@@ -225,11 +231,19 @@ def read_whole(path: Path, *, with_topk: bool = False) -> WholeBatch:
             token_versions=file.get_tensor("token_versions"),
             groups=file.get_tensor("groups"),
             rewards=file.get_tensor("rewards") if "rewards" in keys else None,
-            topk_logprobs=file.get_tensor("topk_logprobs")
-            if with_topk and "topk_logprobs" in keys
-            else None,
+            teacher_entropy=None
+            if entropy_of is None or "topk_logprobs" not in keys
+            else _by_pieces(file.get_slice("topk_logprobs"), entropy_of),
             kept_logmass=file.get_tensor("kept_logmass") if "kept_logmass" in keys else None,
         )
+
+
+def _by_pieces(rows: Any, entropy_of: EntropyOf) -> NDArray[np.float32]:
+    """Every rank does this, so the whole of it in memory would be there once for each rank of a machine."""
+    length = rows.get_shape()[0]
+    starts = range(0, length, _ROWS_AT_ONCE)
+    parts = [entropy_of(rows[start : min(start + _ROWS_AT_ONCE, length)]) for start in starts]
+    return np.concatenate(parts) if parts else np.zeros(0, np.float32)
 
 
 def read_batch(path: Path, indices: Sequence[int] | None = None) -> BatchSlice:

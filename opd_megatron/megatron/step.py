@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 
 from opd_megatron.data.packing import MicroBatch
 from opd_megatron.exchange.batch_file import BatchIndex, BatchSlice, WholeBatch
@@ -59,7 +60,7 @@ class StepResult:
 def batch_arrays(whole: WholeBatch) -> BatchArrays:
     """The recorded arrays as tensors on the CPU."""
     lengths = np.diff(whole.response_offsets)
-    topk = whole.topk_logprobs
+    entropy = whole.teacher_entropy
     return BatchArrays(
         behavior_logprobs_N=torch.from_numpy(whole.behavior_logprobs),
         teacher_logprobs_N=torch.from_numpy(whole.teacher_logprobs),
@@ -68,9 +69,14 @@ def batch_arrays(whole: WholeBatch) -> BatchArrays:
         response_ids_N=torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)),
         groups_B=torch.from_numpy(whole.groups).long(),
         rewards_B=None if whole.rewards is None else torch.from_numpy(whole.rewards),
-        teacher_entropy_N=None if topk is None else topk_entropy(torch.from_numpy(topk)),
+        teacher_entropy_N=None if entropy is None else torch.from_numpy(entropy),
         kept_logmass_N=None if whole.kept_logmass is None else torch.from_numpy(whole.kept_logmass),
     )
+
+
+def entropy_of_rows(topk_logprobs_NK: NDArray[np.float32]) -> NDArray[np.float32]:
+    """`topk_entropy`, as `exchange.batch_file.read_whole` wants it. [N]."""
+    return topk_entropy(torch.from_numpy(topk_logprobs_NK)).numpy()
 
 
 def score(state: LearnerState, index: BatchIndex, read: ReadSamples, temperature: float) -> Values:

@@ -22,7 +22,7 @@ from opd_megatron.config.schema import BatchConfig, LearnerConfig, Recipe, Stude
 from opd_megatron.exchange.batch_file import read_batch, read_index, read_whole
 from opd_megatron.megatron import cpu_shim, hf, parallel
 from opd_megatron.megatron.state import LearnerState, build_state
-from opd_megatron.megatron.step import StepResult, train
+from opd_megatron.megatron.step import StepResult, entropy_of_rows, train
 
 WORLD_TIMEOUT_S = 120.0
 _layouts: list[parallel.Layout] = []  # those whose groups were built; the last one's are there
@@ -86,7 +86,7 @@ def step_on(state: LearnerState, batch: Path) -> StepResult:
         state,
         read_index(batch),
         lambda samples: read_batch(batch, samples),
-        read_whole(batch, with_topk=True),
+        read_whole(batch, entropy_of=entropy_of_rows),
     )
 
 

@@ -120,10 +120,10 @@ def test_a_sample_without_scores_carries_nan_until_the_learner_fills_it(tmp_path
     samples = [Sample(first, unscored(first, "inside", topk=2)), Sample(second, served)]
     write_batch(tmp_path / "batch", 1, 0, samples)
     assert read_index(tmp_path / "batch").teachers == ("inside", "served")
-    whole = read_whole(tmp_path / "batch", with_topk=True)
+    whole = read_whole(tmp_path / "batch", entropy_of=lambda rows: rows[:, 0])
     assert np.isnan(whole.teacher_logprobs).tolist() == [True, True, True, False]
-    assert whole.topk_logprobs is not None
-    assert np.isnan(whole.topk_logprobs[:, 0]).tolist() == [True, True, True, False]
+    assert whole.teacher_entropy is not None
+    assert np.isnan(whole.teacher_entropy).tolist() == [True, True, True, False]
 
 
 def test_a_teacher_inside_the_learner_is_asked_for_no_topk(

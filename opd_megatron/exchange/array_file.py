@@ -1,0 +1,48 @@
+"""Numpy arrays to one safetensors file without a copy of them in memory, atomically.
+
+`safetensors.numpy` makes the file in memory first, or writes it with errors of its own type, of which nobody can tell
+that a disk is full. A top-K of millions of tokens is gigabytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opd_megatron.atomic import replacing
+
+_DTYPE_NAMES = {"float32": "F32", "int32": "I32", "int64": "I64", "uint8": "U8"}
+
+
+def write_arrays(
+    path: Path, arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]
+) -> None:
+    """Write arrays of float32, int32, int64 and uint8 under their names; a reader sees all of them or none.
+
+    Raises:
+        OSError: as any write.
+    """
+    # The widest first, so that every array begins at a multiple of its item.
+    ordered = sorted(arrays.items(), key=lambda named: -named[1].itemsize)
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for name, array in ordered:
+        header[name] = {
+            "dtype": _DTYPE_NAMES[array.dtype.name],
+            "shape": list(array.shape),
+            "data_offsets": [offset, offset + array.nbytes],
+        }
+        offset += array.nbytes
+    head = json.dumps(header, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.write(len(head).to_bytes(8, "little"))
+        file.write(head)
+        for _, array in ordered:
+            little_endian = array.astype(array.dtype.newbyteorder("<"), copy=False)
+            file.write(np.ascontiguousarray(little_endian).data)
