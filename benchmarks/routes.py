@@ -30,8 +30,8 @@ from opd_megatron.demo.tokenizer import PAD, encode_prompt
 from opd_megatron.losses.divergences import make_divergence
 from opd_megatron.losses.served_supports import served_support
 from opd_megatron.losses.support_matching import support_divergence
+from opd_megatron.serving.batching import BYTES_PER_TOKEN, BYTES_PER_TOPK_ENTRY
 from opd_megatron.teacher.joint import JointScores, Listing, candidates, join
-from opd_megatron.teacher.routes import BYTES_PER_TOKEN, BYTES_PER_TOPK_ENTRY
 from opd_megatron.teacher.target import Target
 
 DEMO = environment.ROOT / "recipes" / "demo"

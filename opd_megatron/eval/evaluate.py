@@ -26,6 +26,7 @@ import numpy as np
 from opd_megatron.data.chat import ChatTokenizer
 from opd_megatron.eval.grading import Grader, check_answers
 from opd_megatron.eval.kl import KlResult, dense_logprobs, exact_kl_result, sampled_kl_result
+from opd_megatron.serving.batching import scoring_batches
 from opd_megatron.serving.client import Sampling
 from opd_megatron.serving.contract import Generation, ScoredResponse
 from opd_megatron.teacher.aliases import TokenAliases
@@ -35,7 +36,7 @@ MAX_EXACT_VOCAB = (
     1024  # 4 KiB of log-probs per token and server; the demo has 32, real models 150,000
 )
 
-# Bounds the size of one answer, and what is generated again when a connection breaks.
+# Bounds what is generated again when a connection breaks.
 SEQUENCES_PER_REQUEST = 128
 
 
@@ -177,9 +178,10 @@ async def _score(
     sequences: Sequence[tuple[tuple[int, ...], tuple[int, ...]]],
     topk: int,
 ) -> list[ScoredResponse]:
-    """One score per sequence, in order, in requests of bounded size."""
+    """One score per sequence, in order, in requests whose answers are of bounded size."""
+    batches = scoring_batches([len(response) for _, response in sequences], topk)
     groups = await asyncio.gather(
-        *(client.score(sequences[part], topk) for part in _parts(len(sequences)))
+        *(client.score(sequences[batch.start : batch.stop], topk) for batch in batches)
     )
     return [score for group in groups for score in group]
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from opd_megatron.errors import InvalidRequest
+from opd_megatron.errors import InvalidRequest, TimedOut
 from opd_megatron.serving.answers import Unanswered
 from opd_megatron.serving.contract import (
     Generation,
@@ -145,7 +145,8 @@ class SglangClient:
             try:
                 await self._http.request_once("GET", "/ready", timeout_s=_READY_TIMEOUT_S)
                 return await self.model_info()
-            except Unanswered as error:
+            except (Unanswered, TimedOut) as error:
+                # A process that loads a large model may accept a connection and say nothing for a while.
                 seen = str(error)
             now = time.monotonic()
             if now - start > deadline_s:

@@ -22,11 +22,10 @@ from dataclasses import dataclass
 from opd_megatron.config.schema import MEANS, Recipe
 from opd_megatron.errors import ConfigError
 from opd_megatron.losses.settings import LISTED_SUPPORTS, LossSettings
+from opd_megatron.serving.batching import BYTES_PER_TOKEN, BYTES_PER_TOPK_ENTRY
 from opd_megatron.teacher.choice import members
 
-# Of one answer: the sampled token's own row, an entry of a top-K (base64), an entry of a list (nested JSON).
-BYTES_PER_TOKEN = 30
-BYTES_PER_TOPK_ENTRY = 11
+# Of an answer to listed tokens, nested JSON.
 BYTES_PER_LISTED_ENTRY = 30
 # Below it every position is a request of its own.
 _SMALLEST_PIECE = 2

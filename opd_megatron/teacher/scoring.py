@@ -12,6 +12,7 @@ from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from opd_megatron.errors import ConfigError, did_you_mean
+from opd_megatron.serving.batching import MAX_SEQUENCES, scoring_batches
 from opd_megatron.serving.contract import ScoredResponse
 from opd_megatron.serving.pool import ServerPool
 from opd_megatron.teacher.aliases import TokenAliases
@@ -32,7 +33,7 @@ async def score_rollouts(
     topk: int = 0,
     aliases: Mapping[str, TokenAliases] | None = None,
     temperatures: Mapping[str, float] | None = None,
-    sequences_per_call: int = 128,
+    sequences_per_call: int = MAX_SEQUENCES,
 ) -> list[TeacherScores]:
     """Score every rollout with the teacher that its route names.
 
@@ -43,7 +44,7 @@ async def score_rollouts(
         topk: K; 0 asks for the sampled tokens only.
         aliases: of each teacher, by name; a teacher that is not there has none.
         temperatures: of each teacher, by name; 1 where none is given.
-        sequences_per_call: batch size of one call.
+        sequences_per_call: at most; fewer where the answer would be large (`serving/batching.py`).
 
     Returns:
         One `TeacherScores` per rollout, in the order of `rollouts`.
@@ -93,9 +94,9 @@ async def _score_with(
 ) -> list[ScoredResponse]:
     """Score rollouts with one teacher, in their order."""
     order = sorted(range(len(rollouts)), key=lambda position: rollouts[position].prompt_ids)
+    lengths = [len(rollouts[position].response_ids) for position in order]
     calls = [
-        order[start : start + sequences_per_call]
-        for start in range(0, len(order), sequences_per_call)
+        [order[i] for i in batch] for batch in scoring_batches(lengths, topk, sequences_per_call)
     ]
     pending = iter(calls)
     scores: dict[int, ScoredResponse] = {}

@@ -156,6 +156,26 @@ def test_waiting_ends_at_the_deadline_and_reports_what_it_waits_for() -> None:
     assert "rollout-3 to load" in reports[0][1]
 
 
+def test_a_server_that_says_nothing_for_a_while_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("opd_megatron.serving.client._READY_TIMEOUT_S", 0.1)
+    seen: list[str] = []
+
+    async def load(request: web.BaseRequest) -> web.StreamResponse:
+        seen.append(request.path)
+        if len(seen) == 1:
+            await asyncio.sleep(0.5)
+        return answer_json({"model_path": "m", "weight_version": "3"})
+
+    async def wait(url: str) -> int:
+        async with SglangClient("rollout-3", url, KEYS, vocab_size=8) as client:
+            return (await client.wait_ready(5)).weight_version
+
+    assert against(load, wait) == 3
+    assert seen == ["/ready", "/ready", "/model_info"]
+
+
 def test_another_service_on_the_port_is_told_apart() -> None:
     handler, _ = replies(web.Response(body=b"<html>", content_type="text/html"))
 
