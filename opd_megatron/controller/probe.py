@@ -1,6 +1,7 @@
 """Every teacher on the same few rollouts of the student: which one could it learn from?
 
-1. The rollout servers answer training prompts, sampled as in training, and list their own likeliest tokens there.
+1. The rollout servers answer training prompts, sampled as in training, and list their own likeliest tokens there; with
+   control texts once under each, for that one's teacher.
 2. Each served teacher lists its own at the same positions (`eval/teacher_match.py`); one inside the learner is
    compared there, exactly, and has no list.
 3. With held-out answers, student and served teachers solve the first held-out problems, sampled as in an evaluation.
@@ -13,13 +14,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from opd_megatron.config.schema import Recipe
 from opd_megatron.controller.evaluation import evaluation_sampling
 from opd_megatron.controller.generation import generate_group, sampling_of
 from opd_megatron.controller.in_process import LearnerTeachers, mean
 from opd_megatron.controller.roles import Roles
+from opd_megatron.controller.teaching import control_ids_of
 from opd_megatron.data.chat import ChatTokenizer
 from opd_megatron.eval.evaluate import MAX_EXACT_VOCAB, evaluate_accuracy
 from opd_megatron.eval.grading import make_grader
@@ -95,6 +97,7 @@ class Probe:
         self._train = tuple(train[: recipe.preflight.probe_prompts])
         self._heldout = tuple(heldout[: recipe.preflight.probe_prompts])
         self._inside = inside
+        self._control_ids = control_ids_of(recipe, tokenizer)
         vocab = tokenizer.vocab_size
         self._num_top = min(recipe.preflight.probe_topk, vocab)
         exact = vocab <= MAX_EXACT_VOCAB
@@ -106,29 +109,41 @@ class Probe:
         Raises:
             ServerError, ContractError: from a server.
         """
-        rollouts = await self._rollouts()
-        student = await self._score(_SELF, self._roles.rollout, rollouts)
+        first = self._recipe.evaluation.teacher or next(iter(self._recipe.teachers), "")
+        control = self._control_ids.get(first, ())
+        asked = {control: await self._ask(control)}
+        accuracy = await self._accuracy(_SELF, self._roles.rollout, control)
+        tokens = sum(len(rollout.response_ids) for rollout in asked[control][0])
         rows: list[ProbeRow] = []
         for name in self._recipe.teachers:
+            control = self._control_ids.get(name, ())
+            if control not in asked:
+                asked[control] = await self._ask(control)
+            rollouts, student = asked[control]
             if name in self._recipe.served_teachers:
                 rows.append(await self._served(name, rollouts, student))
             else:
                 rows.append(await self._inside_learner(name, rollouts))
-        accuracy = await self._accuracy(_SELF, self._roles.rollout)
-        tokens = sum(len(rollout.response_ids) for rollout in rollouts)
         return ProbeRow(_SELF, "sglang", accuracy, num_tokens=tokens), ranked(rows)
 
-    async def _rollouts(self) -> list[Rollout]:
+    async def _ask(self, control: tuple[int, ...]) -> tuple[list[Rollout], list[TeacherScores]]:
+        """The student's rollouts under a control text, and what it says of them itself, under the same text."""
+        rollouts = await self._rollouts(control)
+        as_read = [replace(rollout, num_control=0) for rollout in rollouts]
+        return rollouts, await self._score(_SELF, self._roles.rollout, as_read)
+
+    async def _rollouts(self, control: tuple[int, ...]) -> list[Rollout]:
         sampling = sampling_of(self._recipe.rollout)
         count = self._recipe.preflight.probe_rollouts
         groups = await asyncio.gather(
             *(
                 generate_group(
                     self._roles.rollout,
-                    prompt,
+                    replace(prompt, token_ids=control + prompt.token_ids),
                     sampling,
                     [f"probe-{number}#{k}" for k in range(count)],
                     0,
+                    num_control=len(control),
                 )
                 for number, prompt in enumerate(self._train)
             )
@@ -194,12 +209,14 @@ class Probe:
             seconds=time.monotonic() - begin,
         )
 
-    async def _accuracy(self, name: str, servers: ServerPool) -> float | None:
+    async def _accuracy(
+        self, name: str, servers: ServerPool, control: tuple[int, ...] = ()
+    ) -> float | None:
         if not self._heldout:
             return None
         result = await evaluate_accuracy(
             servers,
-            self._heldout,
+            [replace(one, token_ids=control + one.token_ids) for one in self._heldout],
             self._tokenizer,
             make_grader(self._recipe.evaluation.grader),
             evaluation_sampling(self._recipe),

@@ -16,6 +16,7 @@ from opd_megatron.controller.entry import run_attempt
 from opd_megatron.controller.in_process import LearnerTeachers
 from opd_megatron.controller.probe import Probe, ProbeRow
 from opd_megatron.controller.roles import Roles, open_roles, wait_for_learner, wait_for_servers
+from opd_megatron.controller.teaching import data_config
 from opd_megatron.data.chat import load_chat_tokenizer
 from opd_megatron.data.prompts import load_prompts
 from opd_megatron.observe.console import RunConsole
@@ -34,11 +35,12 @@ async def run_probe(recipe: Recipe, run: RunDir, attempt: int) -> None:
     console = RunConsole(recipe.steps)
     tokenizer = load_chat_tokenizer(Path(recipe.student.path), thinking=recipe.data.thinking)
     teachers = tuple(recipe.teachers)
-    train = load_prompts(Path(recipe.data.train), recipe.data, teachers, tokenizer)
+    data = data_config(recipe, tokenizer)
+    train = load_prompts(Path(recipe.data.train), data, teachers, tokenizer)
     heldout = None
     if recipe.data.heldout:
         path = Path(recipe.data.heldout)
-        heldout = load_prompts(path, recipe.data, teachers, tokenizer, "data.heldout")
+        heldout = load_prompts(path, data, teachers, tokenizer, "data.heldout")
     files = run.attempt(attempt)
     async with AsyncExitStack() as stack:
         roles = open_roles(recipe, files, tokenizer.vocab_size, stack, console.say)

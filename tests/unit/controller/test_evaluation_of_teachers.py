@@ -15,6 +15,7 @@ from opd_megatron.config.overrides import apply_overrides
 from opd_megatron.config.recipes import load_recipe
 from opd_megatron.config.schema import Recipe
 from opd_megatron.controller.evaluation import Evaluator
+from opd_megatron.controller.probe import Probe
 from opd_megatron.data.chat import ChatTokenizer, load_chat_tokenizer
 from opd_megatron.observe.metrics import checked
 from opd_megatron.serving.contract import Generation, ScoredResponse
@@ -36,7 +37,7 @@ class Pool:
         return 1
 
     async def generate(
-        self, prompts: Sequence[tuple[int, ...]], sampling: Any, rids: Sequence[str]
+        self, prompts: Sequence[tuple[int, ...]], sampling: Any, rids: Sequence[str], topk: int = 0
     ) -> list[Generation]:
         self.generated += list(prompts)
         logprobs = self.row[[self.end]].astype(np.float32)
@@ -68,17 +69,29 @@ def tokenizer(demo: Recipe) -> ChatTokenizer:
     return load_chat_tokenizer(Path(demo.student.path))
 
 
-def evaluate(
-    recipe: Recipe, tokenizer: ChatTokenizer, with_teacher: bool = True
-) -> tuple[dict[str, float], dict[str, Pool]]:
+TEXTS = {"main": "1:", "weak": "22:"}
+CONTROL = [
+    "teaching.kind=control_token",
+    *(f"teaching.control_texts.{name}='{text}'" for name, text in TEXTS.items()),
+]
+
+
+def scene(tokenizer: ChatTokenizer) -> tuple[Any, dict[str, Pool], list[Prompt]]:
+    """Roles whose pools are all scripted, the pools by name, and three problems."""
     end, size = tokenizer.eos_ids[0], tokenizer.vocab_size
     pools = {
         name: Pool(peak, end, size) for name, peak in (("student", 1), ("main", 2), ("weak", 1))
     }
-    roles: Any = SimpleNamespace(
+    roles = SimpleNamespace(
         rollout=pools["student"], teachers={name: pools[name] for name in ("main", "weak")}
     )
-    prompts = [Prompt(f"p{i}", (4 + i, 5), "1+1:", "2", None, "f") for i in range(3)]
+    return roles, pools, [Prompt(f"p{i}", (4 + i, 5), "1+1:", "2", None, "f") for i in range(3)]
+
+
+def evaluate(
+    recipe: Recipe, tokenizer: ChatTokenizer, with_teacher: bool = True
+) -> tuple[dict[str, float], dict[str, Pool]]:
+    roles, pools, prompts = scene(tokenizer)
     evaluator = Evaluator(recipe, roles, tokenizer, prompts, {})
     return asyncio.run(evaluator.evaluate(with_teacher)), pools
 
@@ -109,20 +122,30 @@ def test_one_teacher_alone_has_no_series_of_its_own(demo: Recipe, tokenizer: Cha
 def test_the_student_answers_under_each_control_text_and_teachers_never_see_one(
     demo: Recipe, tokenizer: ChatTokenizer
 ) -> None:
-    texts = {"main": "1:", "weak": "22:"}
-    recipe = apply_overrides(
-        demo,
-        [
-            "teaching.kind=control_token",
-            *(f"teaching.control_texts.{name}='{text}'" for name, text in texts.items()),
-        ],
-    )
-    metrics, pools = evaluate(recipe, tokenizer)
-    assert {f"eval/heldout/accuracy_as/{name}" for name in texts} <= set(metrics)
+    metrics, pools = evaluate(apply_overrides(demo, CONTROL), tokenizer)
+    assert {f"eval/heldout/accuracy_as/{name}" for name in TEXTS} <= set(metrics)
     assert metrics["eval/heldout/accuracy"] == metrics["eval/heldout/accuracy_as/main"]
+    check_who_read_what(tokenizer, pools)
+
+
+def check_who_read_what(tokenizer: ChatTokenizer, pools: dict[str, Pool]) -> None:
+    """The student every problem under every text, the teachers the problems alone."""
     plain = {(4 + i, 5) for i in range(3)}
-    prefixes = [tokenizer.encode_text(text) for text in texts.values()]
+    prefixes = [tokenizer.encode_text(text) for text in TEXTS.values()]
     assert set(pools["student"].generated) == {p + one for p in prefixes for one in plain}
-    for name in texts:
+    for name in TEXTS:
         assert set(pools[name].scored) | set(pools[name].generated) <= plain
     assert not set(pools["student"].scored) & plain
+
+
+def test_a_probe_asks_the_student_as_it_will_train(demo: Recipe, tokenizer: ChatTokenizer) -> None:
+    recipe = apply_overrides(demo, [*CONTROL, "preflight.probe_rollouts=2"])
+    roles, pools, prompts = scene(tokenizer)
+    probe = Probe(recipe, roles, tokenizer, {}, prompts, prompts, None)
+    student, rows = asyncio.run(probe.run())
+    check_who_read_what(tokenizer, pools)
+    assert {row.name: row.num_tokens for row in rows} == {"main": 6, "weak": 6}
+    by_name = {row.name: row for row in rows}
+    assert by_name["weak"].reverse_kl == pytest.approx(0.0, abs=1e-6)
+    assert by_name["main"].reverse_kl is not None and by_name["main"].reverse_kl > 0.01
+    assert student.accuracy is not None and student.num_tokens == 6
