@@ -41,9 +41,20 @@ REQUESTS: dict[str, dict[str, Any]] = {
         "return_logprob": True,
         "rid": ["g0/0", "g1/0", "g2/0"],
     },
+    "generate_topk": {
+        "input_ids": [[3, 4, 5, 6], [7, 8]],
+        "sampling_params": _SAMPLING,
+        "return_logprob": True,
+        "top_logprobs_num": 4,
+        "return_flat_raw_output_top_logprobs": True,
+        "return_flat_raw_top_logprobs_b64": True,
+        "rid": ["k0/0", "k1/0"],
+    },
     "score": _score(0, False, ["s0/0", "s1/0"]),
     "score_flat": _score(4, True, ["t0/0", "t1/0"]),
     "score_nested": _score(4, False, ["n0/0", "n1/0"]),
+    "score_listed": _score(0, False, ["l0/0", "l1/0"])
+    | {"token_ids_logprob": [[20, 3, VOCAB - 1], [9, 40]]},
     "refused": {"input_ids": [[3]], "sampling_params": {"temperature": -1.0}},
 }
 

@@ -44,7 +44,8 @@ from opd_megatron.types import Prompt
 
 V = VOCAB_SIZE
 NAMES = ("a", "b", "c")
-TEACHERS = {name: random_logprobs(10 + i) for i, name in enumerate(NAMES)}
+TEACHERS = {name: random_logprobs(10 + i) for i, name in enumerate("abcdefgh")}
+UNEQUAL = {name: 1.0 + i for i, name in enumerate(TEACHERS)}
 STUDENT = random_logprobs(3)
 OPEN = CorrectionConfig(kind="none")
 # Every kind of teaching, and the mixture that it is at the step of the test, written out.
@@ -57,6 +58,16 @@ KINDS: dict[str, tuple[TeachingConfig, dict[str, float], str]] = {
     "geometric_mean": (
         TeachingConfig(kind="geometric_mean", weights={"a": 0.7, "c": 0.3}),
         {"a": 0.7, "c": 0.3},
+        "geometric",
+    ),
+    "eight_arithmetic": (
+        TeachingConfig(kind="arithmetic_mean", weights=UNEQUAL),
+        {name: w / 36.0 for name, w in UNEQUAL.items()},
+        "arithmetic",
+    ),
+    "eight_geometric": (
+        TeachingConfig(kind="geometric_mean", weights=UNEQUAL),
+        {name: w / 36.0 for name, w in UNEQUAL.items()},
         "geometric",
     ),
     "hard_switch": (TeachingConfig(kind="hard_switch"), {"b": 1.0}, "arithmetic"),
@@ -86,14 +97,14 @@ def written_out(weights: dict[str, float], mean: str) -> torch.Tensor:
 
 
 def target_for(config: TeachingConfig) -> Target:
-    teachers = {name: TeacherConfig(path=name) for name in NAMES}
+    teachers = {name: TeacherConfig(path=name) for name in config.weights or NAMES}
     recipe = Recipe(steps=STEPS, teachers=teachers, teaching=config)
     return target_of(recipe, Prompt("p", (1,), "", None, None, ""), 0, STEP)
 
 
 def inside(target: Target, rows: int = 1) -> torch.Tensor:
     """[rows, V] logits of the target, as teachers inside the learner make them: any shift a row."""
-    shifts = {name: 3.0 * i for i, name in enumerate(NAMES)}
+    shifts = {name: 3.0 * i for i, name in enumerate(TEACHERS)}
     logits = [(TEACHERS[name] + shifts[name]).repeat(rows, 1) for name in target.members]
     if not target.mean:
         return logits[0]

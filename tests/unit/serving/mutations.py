@@ -228,7 +228,7 @@ def _generation_is_right(item: Any, request: dict[str, Any], number: int, vocab:
         ended = _same(reason["length"], limit) and len(ids) == limit
     else:
         ended = reason["type"] == "stop" and _same(reason["matched"], ids[-1])
-    return (
+    right = (
         isinstance(ids, list)
         and 1 <= len(ids) <= limit
         and all(type(i) is int and 0 <= i < vocab for i in ids)
@@ -245,6 +245,11 @@ def _generation_is_right(item: Any, request: dict[str, Any], number: int, vocab:
             for row, i in zip(meta["output_token_logprobs"], ids, strict=True)
         )
     )
+    topk = request.get("top_logprobs_num", 0)
+    if not right or topk == 0:
+        return right
+    sampled = [(i, row[0]) for i, row in zip(ids, meta["output_token_logprobs"], strict=True)]
+    return _lists_are_right(_topk_rows(meta, "output", len(ids), topk), sampled, vocab)
 
 
 def _score_is_right(item: Any, request: dict[str, Any], number: int, vocab: int) -> bool:
@@ -270,31 +275,59 @@ def _score_is_right(item: Any, request: dict[str, Any], number: int, vocab: int)
         and rows[0][0] is None
         and all(_is_logprob(row[0]) for row in rows[1:])
     )
+    if right and "token_ids_logprob" in request:
+        asked = request["token_ids_logprob"][number]
+        return _asked_is_right(meta["input_token_ids_logprobs"], asked, len(wanted) - 1)
     if not right or topk == 0:
         return right
     sampled = [(i, row[0]) for i, row in zip(wanted[1:], rows[1:], strict=True)]
-    listed = _topk_rows(meta, len(sampled), topk)
+    return _lists_are_right(_topk_rows(meta, "input", len(sampled), topk), sampled, vocab)
+
+
+def _asked_is_right(rows: Any, asked: list[int], length: int) -> bool:
+    return (
+        isinstance(rows, list)
+        and len(rows) == length + 1
+        and rows[0] is None
+        and all(
+            isinstance(row, list)
+            and [entry[1] for entry in row] == asked
+            and all(type(entry[1]) is int and _is_logprob(entry[0]) for entry in row)
+            and all(isinstance(entry, list) for entry in row)
+            and sum(math.exp(entry[0]) for entry in row) <= 1.0 + 1e-4
+            for row in rows[1:]
+        )
+    )
+
+
+def _lists_are_right(
+    listed: list[list[tuple[float, int]]], sampled: list[tuple[int, float]], vocab: int
+) -> bool:
     return all(
         _row_is_right(row, own, value, vocab)
         for row, (own, value) in zip(listed, sampled, strict=True)
     )
 
 
-def _topk_rows(meta: dict[str, Any], length: int, topk: int) -> list[list[tuple[float, int]]]:
-    name = "input_top_logprobs"
+def _topk_rows(
+    meta: dict[str, Any], side: str, length: int, topk: int
+) -> list[list[tuple[float, int]]]:
+    name, nulls = f"{side}_top_logprobs", 1 if side == "input" else 0
     if f"{name}_val_flat_b64" not in meta:
         rows = meta[name]
-        if not isinstance(rows, list) or rows[0] is not None or len(rows) != length + 1:
+        if not isinstance(rows, list) or len(rows) != length + nulls:
+            raise ValueError
+        if rows[:nulls] != [None] * nulls:
             raise ValueError
         if any(
             not isinstance(row, list)
             or len(row) != topk
             or not all(isinstance(e, list) for e in row)
-            for row in rows[1:]
+            for row in rows[nulls:]
         ):
             raise ValueError
-        return [[(entry[0], entry[1]) for entry in row] for row in rows[1:]]
-    if meta[f"{name}_shape"] != [length, topk] or not _same(meta[f"{name}_null_prefix"], 1):
+        return [[(entry[0], entry[1]) for entry in row] for row in rows[nulls:]]
+    if meta[f"{name}_shape"] != [length, topk] or not _same(meta[f"{name}_null_prefix"], nulls):
         raise ValueError
     read: dict[str, tuple[Any, ...]] = {}
     for part, dtype, code in (("val", "float32", "f"), ("idx", "int32", "i")):

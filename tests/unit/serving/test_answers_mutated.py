@@ -23,7 +23,7 @@ from opd_megatron.serving.contract import read_generations, read_scores
 
 RECORDED = orjson.loads((Path(__file__).parent / "recorded_answers.json").read_bytes())
 VOCAB: int = RECORDED["vocab_size"]
-CASES = ("generate", "score", "score_flat", "score_nested")
+CASES = ("generate", "generate_topk", "score", "score_flat", "score_nested", "score_listed")
 PARTS, MUTATIONS = 8, 100_000
 
 
@@ -31,7 +31,7 @@ def read(case: str, raw: bytes) -> list[Any]:
     """What the client does with a body."""
     request = RECORDED["answers"][case]["request"]
     answer = read_answer(200, "application/json", raw)
-    if case == "generate":
+    if case.startswith("generate"):
         return read_generations(
             answer,
             rids=request["rid"],
@@ -40,6 +40,7 @@ def read(case: str, raw: bytes) -> list[Any]:
             vocab_size=VOCAB,
             max_new_tokens=request["sampling_params"]["max_new_tokens"],
             server="s",
+            topk=request.get("top_logprobs_num", 0),
         )
     starts = request["logprob_start_len"]
     return read_scores(
@@ -51,6 +52,7 @@ def read(case: str, raw: bytes) -> list[Any]:
         ],
         vocab_size=VOCAB,
         topk=request["top_logprobs_num"],
+        listed=request.get("token_ids_logprob"),
     )
 
 
@@ -96,7 +98,7 @@ def test_a_mutated_answer_is_accepted_only_where_no_rule_is_broken(part: int) ->
         else:
             counts["accepted"] += 1
             assert right, (part, number, case, names, raw)
-            assert structure(results) == structures[case] or case == "generate"
+            assert structure(results) == structures[case] or case.startswith("generate")
         slowest_s = max(slowest_s, time.perf_counter() - began)
     assert slowest_s < 5.0
     assert set(seen) == {change.__name__ for change in (*STRUCTURAL, *TEXTUAL)}
