@@ -3,20 +3,29 @@
 With several teachers every one of them is measured; `evaluation.teacher` is the one that the unmarked series are of.
 With control texts the student answers once under each, and is compared with that one's teacher.
 A teacher inside the learner is compared there, exactly; its accuracy is not measured.
+The KL to a served teacher of a large vocabulary is estimated from sampled tokens. Where the evaluation does not sample
+plainly at temperature 1, the student gives one more answer, drawn so, to each of its problems.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from opd_megatron.config.schema import Recipe
 from opd_megatron.controller.in_process import LearnerTeachers, mean
 from opd_megatron.controller.roles import Roles
 from opd_megatron.controller.teaching import control_ids_of
 from opd_megatron.data.chat import ChatTokenizer
-from opd_megatron.eval.evaluate import AccuracyResult, evaluate_accuracy, evaluate_kl, summarize
+from opd_megatron.eval.evaluate import (
+    MAX_EXACT_VOCAB,
+    AccuracyResult,
+    evaluate_accuracy,
+    evaluate_kl,
+    sample_rollouts,
+    summarize,
+)
 from opd_megatron.eval.grading import Grader, check_answers, make_grader
 from opd_megatron.serving.client import Sampling
 from opd_megatron.serving.pool import ServerPool
@@ -36,6 +45,14 @@ def evaluation_sampling(recipe: Recipe) -> Sampling:
         min_p=settings.min_p,
         max_new_tokens=recipe.rollout.max_new_tokens,
     )
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """Of the student, under one control text. for_kl: those that the KLs are measured on."""
+
+    graded: AccuracyResult
+    for_kl: list[Rollout]
 
 
 class Evaluator:
@@ -61,6 +78,7 @@ class Evaluator:
         self._roles = roles
         self._tokenizer = tokenizer
         self._problems = tuple(prompts[: self.settings.problems])
+        self._for_kl = self._problems[: self.settings.kl_problems]
         check_answers(self._problems)
         self._sampling = evaluation_sampling(recipe)
         # Supervised training may do without one: there is accuracy then, and no KL.
@@ -72,6 +90,10 @@ class Evaluator:
         self._control_ids = control_ids_of(recipe, tokenizer)
         self._inside = inside
         self._count = 0
+        estimates = tokenizer.vocab_size > MAX_EXACT_VOCAB and bool(self._served)
+        self._draws_for_kl = (
+            estimates and self.settings.kl_problems > 0 and not self._sampling.is_plain
+        )
 
     def not_measured(self) -> list[str]:
         """What an evaluation of this recipe leaves out, one line each."""
@@ -98,26 +120,26 @@ class Evaluator:
         self._count += 1
         student = await self._student(self._teacher)
         metrics = {
-            f"{_SET}/accuracy": student.mean,
-            f"{_SET}/best_of_n": student.best_of_n,
-            f"{_SET}/truncated_frac": student.truncated_frac,
-            f"{_SET}/len_mean": student.len_mean,
+            f"{_SET}/accuracy": student.graded.mean,
+            f"{_SET}/best_of_n": student.graded.best_of_n,
+            f"{_SET}/truncated_frac": student.graded.truncated_frac,
+            f"{_SET}/len_mean": student.graded.len_mean,
         }
         for name in self._teachers:
             metrics |= await self._to_teacher(name, student, with_teacher)
         return metrics
 
     async def _to_teacher(
-        self, name: str, student: AccuracyResult, with_teacher: bool
+        self, name: str, student: _Answers, with_teacher: bool
     ) -> dict[str, float]:
         """What is measured of one teacher; `student` answered under the first one's control text, if there are any."""
         several, first = len(self._teachers) > 1, name == self._teacher
         metrics: dict[str, float] = {}
         if self._control_ids and name in self._control_ids:
             student = student if first else await self._student(name)
-            metrics[f"{_SET}/accuracy_as/{name}"] = student.mean
+            metrics[f"{_SET}/accuracy_as/{name}"] = student.graded.mean
         if self.settings.kl_problems > 0:
-            kls = await self._kl(student, name)
+            kls = await self._kl(student.for_kl, name)
             if first:
                 metrics |= {f"{_SET}/{kind}": value for kind, value in kls.items()}
             if several:
@@ -131,13 +153,25 @@ class Evaluator:
                 metrics[f"{_SET}/accuracy_of/{name}"] = teacher.mean
         return metrics
 
-    async def _student(self, teacher: str) -> AccuracyResult:
+    async def _student(self, teacher: str) -> _Answers:
         """The student's answers, under the control text of a teacher if it has one."""
         control = self._control_ids.get(teacher, ())
         name = f"eval-{self._count}-student" + (f"-{teacher}" if control else "")
-        result = await self._accuracy(self._roles.rollout, name, control)
-        rollouts = tuple(replace(one, num_control=len(control)) for one in result.rollouts)
-        return replace(result, rollouts=rollouts)
+        graded, drawn = await asyncio.gather(
+            self._accuracy(self._roles.rollout, name, control), self._draw(f"{name}-kl", control)
+        )
+        chosen = {prompt.id for prompt in self._for_kl}
+        if not self._draws_for_kl:
+            drawn = [rollout for rollout in graded.rollouts if rollout.prompt_id in chosen]
+        return _Answers(graded, [replace(one, num_control=len(control)) for one in drawn])
+
+    async def _draw(self, name: str, control: tuple[int, ...]) -> list[Rollout]:
+        """An answer to each problem of the KL, at temperature 1 without truncation; none where others will do."""
+        if not self._draws_for_kl:
+            return []
+        prompts = [replace(one, token_ids=control + one.token_ids) for one in self._for_kl]
+        plain = Sampling(temperature=1.0, max_new_tokens=self._sampling.max_new_tokens)
+        return await sample_rollouts(self._roles.rollout, prompts, plain, name)
 
     async def _accuracy(
         self, servers: ServerPool, name: str, control: tuple[int, ...] = ()
@@ -164,9 +198,7 @@ class Evaluator:
             [rollout for part in parts for rollout in part.rollouts],
         )
 
-    async def _kl(self, student: AccuracyResult, teacher: str) -> dict[str, float]:
-        chosen = {prompt.id for prompt in self._problems[: self.settings.kl_problems]}
-        rollouts = [rollout for rollout in student.rollouts if rollout.prompt_id in chosen]
+    async def _kl(self, rollouts: Sequence[Rollout], teacher: str) -> dict[str, float]:
         if teacher not in self._served:
             return await self._kl_inside(teacher, rollouts)
         result = await evaluate_kl(

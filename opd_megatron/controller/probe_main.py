@@ -13,6 +13,7 @@ from rich.table import Table
 from opd_megatron.atomic import write_json
 from opd_megatron.config.schema import Recipe
 from opd_megatron.controller.entry import run_attempt
+from opd_megatron.controller.generation import sampling_of
 from opd_megatron.controller.in_process import LearnerTeachers
 from opd_megatron.controller.probe import Probe, ProbeRow
 from opd_megatron.controller.roles import Roles, open_roles, wait_for_learner, wait_for_servers
@@ -64,7 +65,7 @@ async def run_probe(recipe: Recipe, run: RunDir, attempt: int) -> None:
     }
     write_json(run.root / "probe.json", record)
     Console(width=_WIDTH, soft_wrap=False).print(table_of(student, rows))
-    for line in notes_of(rows):
+    for line in notes_of(rows, is_plain=sampling_of(recipe.rollout).is_plain):
         console.say(line)
     console.say(f"wrote {run.root / 'probe.json'}")
 
@@ -120,14 +121,23 @@ def _cells(row: ProbeRow) -> list[str]:
     ]
 
 
-def notes_of(rows: Sequence[ProbeRow]) -> list[str]:
-    """How to read the table, one line each."""
+def notes_of(rows: Sequence[ProbeRow], *, is_plain: bool = True) -> list[str]:
+    """How to read the table, one line each.
+
+    Args:
+        is_plain: rollouts are sampled at temperature 1 without truncation.
+    """
     lines = [
         "KLs in nats per token on the student's own responses; s student, t teacher; overlap and mass are of the "
         "likeliest tokens that both share; end: positions where either would end the response and both do"
     ]
     if any(not row.exact for row in rows):
         lines.append("~ estimated from the sampled tokens; >= a lower bound from the listed tokens")
+        if not is_plain:
+            lines.append(
+                "~ compares the teachers and is no KL here: rollout.temperature, top_p, top_k or min_p favour tokens "
+                "that the student is sure of"
+            )
     for row in rows:
         if row.end_agreement is not None and row.end_agreement < _LOW_END_AGREEMENT:
             lines.append(

@@ -8,7 +8,8 @@ temperature:
 
 The KL is measured on the student's own responses, at temperature 1. For a vocabulary of at most
 1024 both servers are asked for the whole distribution at every position, which makes it exact;
-above that it is an estimate from the sampled tokens, and says so.
+above that it is an estimate from the sampled tokens, and says so: an estimate of it only where
+they were drawn at temperature 1 without truncation (`sample_rollouts`).
 
 Left out: any decision. When to evaluate and what to do with the numbers is the controller's.
 """
@@ -115,6 +116,19 @@ async def evaluate_accuracy(
         for rid, prompt, generation in zip(rids, problems, generations, strict=True)
     ]
     return summarize(samples, rollouts)
+
+
+async def sample_rollouts(
+    client: GeneratingClient, prompts: Sequence[Prompt], sampling: Sampling, name: str
+) -> list[Rollout]:
+    """One response to each prompt, not graded.
+
+    Args:
+        name: as of `evaluate_accuracy`.
+    """
+    rids = [f"{name}-{number}" for number in range(len(prompts))]
+    generations = await _generate(client, [p.token_ids for p in prompts], sampling, rids)
+    return [_as_rollout(*one) for one in zip(rids, prompts, generations, strict=True)]
 
 
 async def evaluate_kl(

@@ -233,7 +233,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("eval/heldout/kl_reverse", "nats/token", _MEAN, _EVAL,
            "KL(student || teacher) at the tokens of held-out rollouts: exact, over the whole "
            "vocabulary, up to 1024 entries or with a teacher inside the learner; else the mean of "
-           "log pi - log q of the sampled tokens."),
+           "log pi - log q of tokens that were sampled at temperature 1 without truncation."),
     Metric("eval/heldout/kl_forward", "nats/token", _MEAN, _EVAL,
            "KL(teacher || student) at the same tokens, exact; absent for vocabularies above 1024 "
            "entries with a served teacher."),

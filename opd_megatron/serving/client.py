@@ -61,6 +61,11 @@ class Sampling:
     stop_token_ids: tuple[int, ...] = ()
     with_kept_mass: bool = False
 
+    @property
+    def is_plain(self) -> bool:
+        """Every token is drawn with the model's own probability."""
+        return (self.temperature, self.top_p, self.top_k, self.min_p) == (1.0, 1.0, -1, 0.0)
+
     def as_request(self) -> dict[str, Any]:
         return {
             "temperature": self.temperature,

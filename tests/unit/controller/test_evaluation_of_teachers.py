@@ -32,6 +32,7 @@ class Pool:
         self.end = end
         self.generated: list[tuple[int, ...]] = []
         self.scored: list[tuple[int, ...]] = []
+        self.plain: list[tuple[int, ...]] = []
 
     def __len__(self) -> int:
         return 1
@@ -40,6 +41,7 @@ class Pool:
         self, prompts: Sequence[tuple[int, ...]], sampling: Any, rids: Sequence[str], topk: int = 0
     ) -> list[Generation]:
         self.generated += list(prompts)
+        self.plain += list(prompts) if sampling.is_plain else []
         logprobs = self.row[[self.end]].astype(np.float32)
         return [Generation(rid, (self.end,), logprobs, "stop", 0, 0, "s") for rid in rids]
 
@@ -126,6 +128,24 @@ def test_the_student_answers_under_each_control_text_and_teachers_never_see_one(
     assert {f"eval/heldout/accuracy_as/{name}" for name in TEXTS} <= set(metrics)
     assert metrics["eval/heldout/accuracy"] == metrics["eval/heldout/accuracy_as/main"]
     check_who_read_what(tokenizer, pools)
+
+
+@pytest.mark.parametrize("settings", [["evaluation.temperature=0.7"], ["evaluation.top_p=0.9"], []])
+def test_an_estimated_kl_is_of_tokens_drawn_plainly(
+    demo: Recipe, tokenizer: ChatTokenizer, settings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("controller.evaluation", "eval.evaluate"):
+        monkeypatch.setattr(f"opd_megatron.{module}.MAX_EXACT_VOCAB", tokenizer.vocab_size - 1)
+    metrics, pools = evaluate(apply_overrides(demo, settings), tokenizer)
+    student, main = pools["student"], pools["main"]
+    drawn = [(4, 5), (5, 5)]
+    assert len(student.generated) == 6 + (2 if settings else 0)
+    assert student.plain == (drawn if settings else student.generated)
+    # Every answer of the script is the end token.
+    assert main.scored == (drawn if settings else [one for one in drawn for _ in range(2)])
+    wanted = student.row[student.end] - main.row[main.end]
+    assert metrics["eval/heldout/kl_reverse"] == pytest.approx(wanted, abs=1e-6)
+    assert "eval/heldout/kl_forward" not in metrics
 
 
 def check_who_read_what(tokenizer: ChatTokenizer, pools: dict[str, Pool]) -> None:

@@ -44,3 +44,9 @@ def test_ends_that_do_not_agree_point_to_the_aliases() -> None:
     said = "\n".join(notes_of([FAR, BEST]))
     assert "teacher far ends responses elsewhere" in said and "teachers.far.aliases" in said
     assert "teacher best" not in said and "a lower bound" in said
+
+
+def test_an_estimate_from_other_tokens_than_the_student_s_own_is_called_none() -> None:
+    assert not any("no KL" in line for line in notes_of([FAR]))
+    assert any("no KL" in line for line in notes_of([FAR], is_plain=False))
+    assert not any("no KL" in line for line in notes_of([NEAR], is_plain=False)), "it is exact"
