@@ -133,6 +133,7 @@ class TeacherScores:
     topk_logprobs: NDArray[np.float32] | None = None  # [L, K]
     left_out: NDArray[np.float32] | None = None  # [L]
     error_nats: NDArray[np.float32] | None = None  # [L]
+    server: str = ""  # of one teacher: the server that scored it
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@
              trains   read, masked   trains
 
 Every turn is a request of its own that begins with all tokens so far. It goes to the server of the turn before, whose
-prefix cache holds them, unless that one is clearly busier than others. Tokens are never read back from text: what the
+prefix cache holds them. Tokens are never read back from text: what the
 student wrote stays as it was sampled, and an observation is what the chat template writes between two of its turns. A
 turn that is cut at `rollout.max_new_tokens` ends the episode, because the student has not given up its turn.
 """

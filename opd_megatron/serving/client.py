@@ -329,6 +329,7 @@ class SglangClient:
                 vocab_size=self.vocab_size,
                 topk=topk,
                 listed=listed,
+                server=self.name,
             )
 
         return await self._http.with_retries("/generate", attempt)

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -83,6 +83,7 @@ class ScoredResponse:
     topk_ids: NDArray[np.int32] | None = None  # [L, K], likeliest first
     topk_logprobs: NDArray[np.float32] | None = None  # [L, K]
     listed_logprobs: NDArray[np.float32] | None = None  # [L, tokens that were listed]
+    server: str = ""  # who scored it, and has it in its cache
 
 
 def read_generations(
@@ -131,9 +132,10 @@ def read_scores(
     vocab_size: int,
     topk: int,
     listed: Sequence[Sequence[int]] | None = None,
+    server: str = "",
 ) -> list[ScoredResponse]:
     """The whole answer to a call of `score` or `score_listed`, in the same way."""
-    return [
+    scores = [
         parse_score(
             item,
             sent_as=wire_id,
@@ -151,6 +153,7 @@ def read_scores(
             strict=True,
         )
     ]
+    return [replace(score, server=server) for score in scores]
 
 
 def parse_items(body: Any, expected: int) -> list[dict[str, Any]]:

@@ -4,7 +4,8 @@
 
 Only a server in service gets requests. Between two of the same load the one that the prompt's hash prefers is taken,
 so that a prompt that comes again (another try, an evaluation, the scores of one group) meets the prefix that the
-server has cached. A conversation stays with the server that read its turns so far, unless that one is clearly busier.
+server has cached. What goes on where another request ended (a conversation, a response in pieces) stays with the server
+that has read it, however busy.
 """
 
 from __future__ import annotations
@@ -15,10 +16,6 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from opd_megatron.serving.client import SglangClient
-
-# Sequences in flight beyond the least loaded server's, as a share of those, that a cached conversation is worth: it
-# would be read again elsewhere, and a decoding batch gets slower more slowly than it grows. Not measured on a GPU.
-_WORTH_STAYING = 0.25
 
 
 class State(Enum):
@@ -82,10 +79,10 @@ def choose(
     candidates = [member for member in in_service if member not in avoid] or in_service
     if not candidates:
         return None
-    least = min(member.load for member in candidates)
     for member in candidates:
-        if member.name == stay_with and member.load <= least + max(1, _WORTH_STAYING * least):
+        if member.name == stay_with:
             return member
+    least = min(member.load for member in candidates)
     free = [member for member in candidates if member.load == least]
     if len(free) == 1:
         return free[0]

@@ -103,7 +103,7 @@ class ServerPool:
         """As `SglangClient.generate`, by any server in service.
 
         Args:
-            stay_with: server that wrote what the prompts end with: it has them in its cache.
+            stay_with: name of the server that has most of it in its cache; empty: whoever has least to do.
 
         Raises:
             RequestRefused, InvalidRequest: the request's fault.
@@ -135,14 +135,18 @@ class ServerPool:
         self,
         sequences: Sequence[tuple[tuple[int, ...], tuple[int, ...]]],
         listed: Sequence[tuple[int, ...]],
+        stay_with: str = "",
     ) -> list[ScoredResponse]:
-        """As `SglangClient.score_listed`, by any server in service; raises as `generate`."""
-        return await self._score(sequences, lambda client: client.score_listed(sequences, listed))
+        """As `SglangClient.score_listed`, by any server in service; `stay_with` and errors as of `generate`."""
+        return await self._score(
+            sequences, lambda client: client.score_listed(sequences, listed), stay_with
+        )
 
     async def _score(
         self,
         sequences: Sequence[tuple[tuple[int, ...], tuple[int, ...]]],
         request: Callable[[SglangClient], Awaitable[list[ScoredResponse]]],
+        stay_with: str = "",
     ) -> list[ScoredResponse]:
         if not sequences:
             return []
@@ -155,7 +159,7 @@ class ServerPool:
                     _check_version(member, held, answer.weight_version)
             return answers
 
-        return await self._somewhere(sequences[0][0], len(sequences), ask)
+        return await self._somewhere(sequences[0][0], len(sequences), ask, stay_with)
 
     async def _somewhere(
         self,

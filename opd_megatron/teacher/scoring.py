@@ -81,7 +81,9 @@ async def score_rollouts(
             scored = [at_temperature(one, temperature, vocab_size) for one in scored]
         for position, one in zip(positions, scored, strict=True):
             ids = None if one.topk_ids is None else translate(one.topk_ids)
-            scores[position] = TeacherScores(name, one.logprobs, ids, one.topk_logprobs)
+            scores[position] = TeacherScores(
+                name, one.logprobs, ids, one.topk_logprobs, server=one.server
+            )
     return [scores[position] for position in range(len(rollouts))]
 
 

@@ -95,6 +95,7 @@ async def score_target(
                         [missing(ids[i], listings[i][m]) for i in range(len(rollouts))],
                         aliases.get(name, TokenAliases()),
                         route.piece,
+                        [scores.server for scores in scored[m]],
                     )
                     for m, name in enumerate(target.members)
                 )

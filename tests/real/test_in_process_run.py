@@ -21,9 +21,10 @@ def test_a_whole_run_learns_from_a_teacher_without_a_server(tmp_path: Path) -> N
         *("teachers.main.engine=in_process", "teachers.main.offload=true", f"steps={STEPS}"),
         *("objective.estimator=support_matching", "objective.support=full", *SMALL),
         "weight_sync.route=broadcast",  # the other runs of the suite take the disk
-        # Enough of both that the KL falls by more than its noise.
+        # Four steps take the KL from 0.70 to about 0.45; a mean over 128 answers is off by 0.04 (one standard
+        # deviation; over 32 it was 0.12, and the fall was hidden once in a while).
         *("batch.rollouts_per_prompt=16", "evaluation.every=0"),
-        *("evaluation.problems=16", "evaluation.kl_problems=16"),
+        *("evaluation.problems=64", "evaluation.kl_problems=64"),
     ]
     process = start("run", "demo", "--run-dir", str(run.root), *settings, output=output)
     assert process.wait(timeout=240) == 0, output.read_text()
@@ -36,6 +37,8 @@ def test_a_whole_run_learns_from_a_teacher_without_a_server(tmp_path: Path) -> N
     assert "its own accuracy is not measured" in text
     summary = json.loads(run.summary.read_text())
     assert summary["teacher_accuracy"] is None
+    # Of the demo's models, by transformers: 0.70.
+    assert summary["kl_before"] == pytest.approx(0.70, abs=0.2)
     assert summary["kl_after"] < summary["kl_before"]
     step = rows(run.metrics)[1]
     assert step["perf/teacher_s"] > 0 and "teacher/latency_p95_s" not in step

@@ -103,16 +103,10 @@ def test_of_equal_servers_a_prompt_always_meets_the_same_one_and_prompts_spread(
     assert all(b is a for a, b in zip(chosen, moved, strict=True) if a is not members[0])
 
 
-def test_a_conversation_stays_with_its_server_unless_that_one_is_clearly_busier() -> None:
-    def chosen(loads: tuple[int, int], stay_with: str = "a") -> str:
-        members = [in_service("a", loads[0]), in_service("b", loads[1])]
-        member = choose(members, (1,), stay_with=stay_with)
-        assert member is not None
-        return member.name
-
-    assert [chosen(loads) for loads in ((1, 0), (2, 0), (50, 40), (51, 40))] == ["a", "b", "a", "b"]
-    assert chosen((1, 0), "gone") == "b"
-    members = [in_service("a"), in_service("b", 9)]
+def test_what_goes_on_stays_with_the_server_that_has_read_it_while_that_one_answers() -> None:
+    members = [in_service("a", 9), in_service("b")]
+    assert choose(members, (1,), stay_with="a") is members[0]
+    assert choose(members, (1,), stay_with="gone") is members[1]
     assert choose(members, (1,), avoid=[members[0]], stay_with="a") is members[1]
     members[0].state = State.OUT
     assert choose(members, (1,), stay_with="a") is members[1]

@@ -26,7 +26,10 @@ V, K = 40, 4
 
 
 class Table:
-    """A teacher: the distribution after a context depends on its tokens. Counts what it was asked."""
+    """A teacher: the distribution after a context depends on its tokens. Counts what it was asked.
+
+    A piece that comes to another of its servers than the one that scored the response fails.
+    """
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -53,14 +56,20 @@ class Table:
             ids = np.argsort(-rows, axis=1)[:, :topk].astype(np.int32)
             best = np.take_along_axis(rows, ids, 1).astype(np.float32)
             sampled = rows[np.arange(len(response)), list(response)].astype(np.float32)
-            made.append(ScoredResponse(sampled, 0, ids if topk else None, best if topk else None))
+            lists = (ids, best) if topk else (None, None)
+            made.append(ScoredResponse(sampled, 0, *lists, server=self.home(prompt)))
         return made
 
+    @staticmethod
+    def home(prompt: Sequence[int]) -> str:
+        return f"server-{prompt[1]}"
+
     async def score_listed(
-        self, sequences: Sequence[Any], listed: Sequence[tuple[int, ...]]
+        self, sequences: Sequence[Any], listed: Sequence[tuple[int, ...]], stay_with: str
     ) -> list[ScoredResponse]:
         made = []
         for (prompt, response), ids in zip(sequences, listed, strict=True):
+            assert stay_with == self.home(prompt), "nobody else has the response in its cache"
             rows = self.rows(prompt, response)
             sampled = rows[np.arange(len(response)), list(response)].astype(np.float32)
             values = rows[:, list(ids)].astype(np.float32)
