@@ -22,6 +22,7 @@ from opd_megatron.errors import ConfigError, ServerError
 from opd_megatron.launch.offline import check_offline
 from opd_megatron.launch.preflight import check_inputs, check_learner
 from opd_megatron.launch.slurm import grace, nemo, queue
+from opd_megatron.launch.slurm.mounts import check_mounts
 from opd_megatron.launch.slurm.preview import processes
 from opd_megatron.launch.slurm.render import write_script
 from opd_megatron.launch.slurm.site import PREFIX, Site, load_site
@@ -63,7 +64,7 @@ def submit(
     ] = False,
     offline: Annotated[
         bool,
-        typer.Option("--offline", help="Models and prompts are not here; the job checks them."),
+        typer.Option("--offline", help="Models and prompts are not here; the job finds them."),
     ] = False,
 ) -> None:
     """Submit a recipe to a Slurm cluster. Overrides: KEY=VALUE of the recipe, cluster.KEY=VALUE of the site."""
@@ -76,17 +77,17 @@ def submit(
     own = [o for o in overrides or [] if not o.startswith(PREFIX)]
     site = load_site(cluster, [o for o in overrides or [] if o.startswith(PREFIX)])
     _refuse_site_keys(own)
-    recipe, path = resolve_recipe(name, own)
+    recipe, path = resolve_recipe(name, own, here=not site.ssh_host)
     check(recipe)
     if offline:
         for line in check_offline(recipe):
             typer.echo(f"# not checked here: {line}")
     elif not site.ssh_host:  # else models and data are on the other side, where the job checks them
-        check_learner(recipe)
+        check_learner(recipe, here=False)
         check_inputs(recipe)
     source = check_source(allow_dirty or dry_run)
-    root = run_dir or Path(site.run_root).expanduser() / default_run_dir(recipe.name).name
-    run = RunDir(root if site.ssh_host else root.resolve())
+    run = _run_dir(run_dir, site, recipe)
+    check_mounts(recipe, site, run)
     job = plan(recipe, path, own, site, run)
     through_nemo = via == VIA_NEMO and render is None
     if through_nemo:
@@ -118,6 +119,23 @@ def submit(
     for line in [*describe(recipe), grace.predicted(recipe, site)]:
         typer.echo(line)
     _print_submitted(run, job_id)
+
+
+def _run_dir(said: Path | None, site: Site, recipe: Recipe) -> RunDir:
+    """Where the run will be.
+
+    Raises:
+        ConfigError: on another machine, and not a whole path: its home and working directory are not these here.
+    """
+    named = default_run_dir(recipe.name).name
+    if not site.ssh_host:
+        return RunDir((said or Path(site.run_root).expanduser() / named).resolve())
+    key, root = ("--run-dir", said) if said else (f"{PREFIX}run_root", Path(site.run_root))
+    if not root.is_absolute():
+        raise ConfigError.of(
+            key, str(root), "with ssh_host must be a whole path", "begin it with /"
+        )
+    return RunDir(said or root / named)
 
 
 def _refuse_site_keys(overrides: list[str]) -> None:

@@ -121,23 +121,30 @@ def load_recipe(name: str) -> tuple[Recipe, Path]:
     return value, path
 
 
-def resolve_recipe(name: str, overrides: Sequence[str]) -> tuple[Recipe, Path]:
+def resolve_recipe(name: str, overrides: Sequence[str], here: bool = True) -> tuple[Recipe, Path]:
     """A recipe by name or path with overrides applied, and its file.
+
+    Args:
+        here: it will run on this machine, so models and prompt files that it names are looked for here.
 
     Raises:
         ConfigError: as `load_recipe` and `apply_overrides`.
     """
     recipe, path = load_recipe(name)
-    return override_recipe(recipe, overrides), path
+    return override_recipe(recipe, overrides, here), path
 
 
-def override_recipe(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+def override_recipe(recipe: Recipe, overrides: Sequence[str], here: bool = True) -> Recipe:
     """Apply overrides and find models and data; paths are relative to the current directory, `~` is the home directory.
+
+    Args:
+        here: as for `resolve_recipe`.
 
     Raises:
         ConfigError: as `apply_overrides`.
     """
-    return locate(resolve_paths(apply_overrides(recipe, overrides), Path.cwd()))
+    changed = resolve_paths(apply_overrides(recipe, overrides), Path.cwd())
+    return locate(changed) if here else changed
 
 
 def resolve_paths(recipe: Recipe, folder: Path) -> Recipe:

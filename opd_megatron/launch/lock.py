@@ -1,15 +1,23 @@
-"""One living run per run directory: a file lock that the kernel drops when its holder dies."""
+"""One living run per run directory: a file lock that the kernel drops when its holder dies.
+
+Some shared file systems know no locks (Lustre mounted without `flock`, NFS without its lock daemon). That is said, and
+what is left is that a later attempt fences an earlier one (controller/stop.py).
+"""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import sys
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
 from opd_megatron.errors import ConfigError
+
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
 
 
 @contextmanager
@@ -31,6 +39,14 @@ def hold(path: Path) -> Generator[None]:
                 f"a run is alive there (pid {holder})",
                 "wait for it, stop it, or choose another directory",
             ) from error
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            print(
+                f"opd: {path}: {error.strerror}: without locks a second run here is noticed at a commit only",
+                file=sys.stderr,
+                flush=True,
+            )
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
         yield

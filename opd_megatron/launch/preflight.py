@@ -114,9 +114,12 @@ def check_machine(recipe: Recipe) -> None:
         )
 
 
-def check_learner(recipe: Recipe) -> None:
+def check_learner(recipe: Recipe, here: bool = True) -> None:
     """Whether the learner knows the student's architecture, the layout divides it, and the precision
     fits its layers and this machine's GPUs, if it has any; the same of the teachers inside it.
+
+    Args:
+        here: it will run on this machine. A login node's GPUs say nothing of those of the nodes.
 
     Raises:
         ConfigError: as `architecture_of`, `check_layout`, `check_teacher`, `fp8_settings` and
@@ -131,6 +134,8 @@ def check_learner(recipe: Recipe) -> None:
         config = read_model_config(Path(teacher.path), f"teachers.{name}.path")
         own = architecture_of(config, str(Path(teacher.path) / "config.json"))
         check_teacher(name, own, arch, recipe.learner)
+    if not here:
+        return
     has_torch = package_folder("torch") is not None
     cuda = parse_cuda(torch_cuda()) if has_torch else None
     check_precision(recipe, visible_gpus(cuda))

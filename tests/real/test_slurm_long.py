@@ -16,19 +16,14 @@ from opd_megatron.rundir import RunDir
 pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
+@pytest.mark.parametrize("via", ["sbatch", "nemo-run"])
 def test_the_whole_demo_reaches_its_accuracy_and_the_next_job_of_a_chain_finds_it_done(
-    cluster: Cluster, tmp_path: Path
+    cluster: Cluster, tmp_path: Path, via: str
 ) -> None:
+    if via == "nemo-run":
+        pytest.importorskip("nemo_run", reason="NO NEMO-RUN HERE: `make install-launch` adds it")
     run = RunDir(tmp_path / "run")
-    where = (
-        "--cluster",
-        "cpu-test",
-        "--run-dir",
-        str(run.root),
-        "--allow-dirty",
-        "--via",
-        "sbatch",
-    )
+    where = ("--cluster", "cpu-test", "--run-dir", str(run.root), "--allow-dirty", "--via", via)
     opd(cluster, "submit", "demo", *where)
     (job,) = jobs_of(run)
     chained = cluster.call(
@@ -41,10 +36,24 @@ def test_the_whole_demo_reaches_its_accuracy_and_the_next_job_of_a_chain_finds_i
     assert log(run).count("the run is done") == 2
 
 
-def test_a_heterogeneous_job_reaches_its_end(cluster: Cluster, tmp_path: Path) -> None:
-    run = submit(cluster, tmp_path, "steps=2", "cluster.placement=het")
+def test_a_heterogeneous_job_requeues_itself_and_reaches_its_end(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    settings = ["steps=6", "checkpoint.every=100", "evaluation.every=0"]
+    run = submit(cluster, tmp_path, *settings, "cluster.placement=het")
+    wait_for(run, lambda: any(r["step"] > 0 for r in rows(run.metrics)), 200, "the first step")
+    (job,) = jobs_of(run)
+    shown = cluster.call("scontrol", "-o", "show", "job", job).stdout.splitlines()
+    assert len(shown) == 3, "learner with controller, rollout, teacher"
+    assert all("TimeLimit=00:10:00" in line for line in shown)
+    assert cluster.call("scancel", "--batch", "--signal=USR1", job).returncode == 0
+    wait_for(run, lambda: "attempt 2\n" in log(run), 90, "the second attempt")
+    committed = check_commits(run)
+    assert 1 <= committed < 6
     wait_done(cluster, run, 400)
-    check_finished(run, 2)
+    assert f"resumed from step_{committed:06d}" in log(run)
+    check_finished(run, 6)
+    assert jobs_of(run) == [job]
 
 
 def test_preemption_commits_and_the_run_goes_on_afterwards(

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -111,12 +112,28 @@ def _missing_gpus(place: Place) -> str:
     return "" if found >= wanted else f"nvidia-smi lists {found} GPUs, the role needs {wanted}"
 
 
+def _check_numactl(place: Place) -> None:
+    """
+    Raises:
+        ConfigError: processes are to be bound and the program for it is not here.
+    """
+    wanted = place.frozen.devices_per_numa_node
+    if place.recipe.device == "cuda" and wanted and shutil.which("numactl") is None:
+        raise ConfigError.of(
+            "cluster.devices_per_numa_node",
+            wanted,
+            "needs numactl, which is not here",
+            "install it, or set it to 0",
+        )
+
+
 def check_node(place: Place) -> None:
     """Run the site's check of a node and count its GPUs; leave the node out from now on when one fails.
 
     Raises:
         RoleDied: the node is bad.
-        ConfigError: the check is no command, or torch here has no CUDA: no other node would mend that.
+        ConfigError: the check is no command, torch here has no CUDA, or numactl is missing: no other node would mend
+            that.
     """
     reason = _failed_check(place.frozen.node_check) if place.frozen.node_check else ""
     reason = reason or _missing_gpus(place)
@@ -126,6 +143,7 @@ def check_node(place: Place) -> None:
         raise RoleDied(f"node {nodes.node_name()} is left out from now on: {reason}")
     if place.role.devices:
         check_machine(place.recipe)
+        _check_numactl(place)
 
 
 def remove_what_was_left(place: Place) -> None:

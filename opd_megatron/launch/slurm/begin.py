@@ -8,6 +8,8 @@ batch script has asked Slurm before whether the job that owned the directory is 
 
 *Progress.* An attempt that begins at the same commit as the one before it brought nothing. After `max_idle_attempts` of
 these in a row another try is refused with exit code 78, so that a run that always dies does not requeue for ever.
+Excused are attempts that were pre-empted, and by `opd resume` all earlier ones. Not one that the time limit ended: it
+had all the time there is, and the next would end the same.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ import uuid
 from pathlib import Path
 
 from opd_megatron.atomic import read_json, write_bytes, write_json
-from opd_megatron.config.run_yaml import read_run_yaml
+from opd_megatron.config.locations import locate
+from opd_megatron.config.run_yaml import read_run_mapping, read_run_yaml, write_run_yaml
+from opd_megatron.config.schema import Recipe
 from opd_megatron.errors import ConfigError, OpdError, RoleDied
 from opd_megatron.launch import leftovers, lock
 from opd_megatron.launch.preflight import check_inputs, check_learner
@@ -30,6 +34,8 @@ from opd_megatron.rundir import AttemptDir, RunDir
 from opd_megatron.serving.keys import new_keys, write_keys
 
 _OWNER = "owner.json"
+# What the batch script writes into `stop_requested` when the time limit is near; agents leave the file empty.
+_TIME_LIMIT = "USR1"
 
 
 def newest_commit(run: RunDir) -> str:
@@ -52,9 +58,16 @@ def idle_attempts(run: RunDir) -> int:
 
 
 def excuse(attempt: AttemptDir) -> None:
-    """The attempt was asked to stop, so that it brought nothing is not its fault."""
+    """That the attempt brought nothing does not count; one that no job claimed never does."""
     path = attempt.root / _OWNER
-    write_json(path, {**read_json(path), "excused": True})
+    if path.exists():
+        write_json(path, {**read_json(path), "excused": True})
+
+
+def was_preempted(attempt: AttemptDir) -> bool:
+    """Whether it was asked to stop before its time was over."""
+    asked = attempt.stop_requested
+    return asked.exists() and asked.read_text().strip() != _TIME_LIMIT
 
 
 def claim(run: RunDir, job: str) -> AttemptDir:
@@ -64,7 +77,7 @@ def claim(run: RunDir, job: str) -> AttemptDir:
         ConfigError: another job took it in this moment.
     """
     for number in run.attempts():
-        if run.attempt(number).stop_requested.exists():
+        if was_preempted(run.attempt(number)):
             excuse(run.attempt(number))
     attempt = run.attempt((run.attempts() or [0])[-1] + 1)
     attempt.root.parent.mkdir(exist_ok=True)
@@ -80,6 +93,20 @@ def claim(run: RunDir, job: str) -> AttemptDir:
     if job not in queue.jobs_of(run):
         queue.add_job(run, job)
     return attempt
+
+
+def located(run: RunDir) -> Recipe:
+    """The run's recipe. What the submitter had by name alone is looked for on this node and frozen into run.yaml.
+
+    Raises:
+        ConfigError: as `read_run_yaml`.
+    """
+    recipe = read_run_yaml(run.run_yaml)
+    found = locate(recipe)
+    if found != recipe:
+        content = read_run_mapping(run.run_yaml)
+        write_run_yaml(run.run_yaml, found, Path(content["recipe_file"]), content["overrides"])
+    return found
 
 
 def begin(run: RunDir, job: str) -> int:
@@ -98,9 +125,9 @@ def begin(run: RunDir, job: str) -> int:
             "cluster.max_idle_attempts",
             limit,
             f"so many attempts in a row made no new commit; the last is in {run.logs / 'latest'}",
-            "mend the cause, then `opd resume` with a higher number",
+            f"mend the cause, then opd resume {run.root}, which counts from zero",
         )
-    recipe = read_run_yaml(run.run_yaml)
+    recipe = located(run)
     check_learner(recipe)
     check_inputs(recipe)
     earlier = run.attempts()

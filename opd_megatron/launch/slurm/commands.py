@@ -45,6 +45,14 @@ def numa_prefix(place: Place, local: int, each: int) -> list[str]:
     return ["numactl", f"--cpunodebind={numa}", f"--membind={numa}"]
 
 
+def nccl_environment(place: Place) -> dict[str, str]:
+    """NCCL's own connections go over the interface that the site names, unless its `environment` names another."""
+    name = place.frozen.interface
+    if place.recipe.device != "cuda" or not name or "NCCL_SOCKET_IFNAME" in os.environ:
+        return {}
+    return {"NCCL_SOCKET_IFNAME": name}
+
+
 def servers(place: Place, identity: str, ports: PortReservations) -> list[RoleCommand]:
     """Reserve ports, say where this node's servers will be, and return what to start."""
     role, recipe, attempt = place.role, place.recipe, place.attempt
@@ -74,7 +82,7 @@ def server_commands(place: Place, placed: Sequence[Server]) -> list[RoleCommand]
     for local, server in enumerate(placed):
         offset = place.index * place.role.processes + local
         command = server_role(server, place.recipe, place.run, place.attempt.number, offset)
-        environment = dict(command.environment)
+        environment = {**command.environment, **nccl_environment(place)}
         each = server.config.tensor_parallel
         prefix: list[str] = []
         if place.recipe.device == "cuda":
@@ -107,7 +115,8 @@ def learner_command(place: Place, address: str, port: int) -> RoleCommand:
     command = learner_role(
         place.recipe, place.run.run_yaml, attempt.mailbox, log, ranks=len(role.on_node(place.index))
     )
-    argv, environment = list(command.argv), dict(command.environment)
+    argv = list(command.argv)
+    environment = {**command.environment, **nccl_environment(place)}
     position = argv.index("-m", argv.index("-m") + 1)
     added: list[str] = []
     if role.nodes > 1:
@@ -115,7 +124,6 @@ def learner_command(place: Place, address: str, port: int) -> RoleCommand:
         del environment["GLOO_SOCKET_IFNAME"]
         if place.frozen.interface:
             environment["GLOO_SOCKET_IFNAME"] = place.frozen.interface
-            environment.setdefault("NCCL_SOCKET_IFNAME", place.frozen.interface)
     if place.recipe.device == "cuda":
         environment["CUDA_VISIBLE_DEVICES"] = visible_devices(place, 0, role.devices)
         if place.frozen.devices_per_numa_node:

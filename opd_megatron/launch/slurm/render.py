@@ -90,6 +90,8 @@ def sbatch_lines(site: Site, table: RoleTable, run: RunDir, job_name: str) -> li
     ]
     if site.exclusive:
         shared.append("--exclusive")
+    if site.cpus_per_node:
+        shared.append(f"--cpus-per-task={site.cpus_per_node}")
     lines = [
         f"--job-name={job_name}",
         f"--output={run.slurm.log}",
@@ -98,6 +100,7 @@ def sbatch_lines(site: Site, table: RoleTable, run: RunDir, job_name: str) -> li
         *([f"--comment={site.comment}"] if site.comment else []),
         *([f"--signal=B:USR1@{site.grace_s}"] if site.grace_s else []),
         "--requeue" if site.requeue else "--no-requeue",
+        *site.sbatch_options,
     ]
     for number, component in enumerate(table.components):
         if number:
@@ -113,7 +116,8 @@ def gpu_flag(site: Site) -> list[str]:
     if site.gpu_flag == "none":
         return []
     name = "--gpus-per-node=" if site.gpu_flag == "gpus-per-node" else "--gres=gpu:"
-    return [f"{name}{site.devices_per_node}"]
+    kind = f"{site.gpu_type}:" if site.gpu_type else ""
+    return [f"{name}{kind}{site.devices_per_node}"]
 
 
 def _container(site: Site, run: RunDir, variables: Sequence[str]) -> list[str]:
@@ -125,6 +129,8 @@ def _container(site: Site, run: RunDir, variables: Sequence[str]) -> list[str]:
         f"--container-image={site.container_image}",
         f"--container-mounts={','.join(mounts)}",
         "--no-container-mount-home",
+        # Kernels are compiled into caches below the home directory, and enroot's default is read-only.
+        "--container-writable",
     ]
     return [*options, f"--container-env={','.join(variables)}"] if variables else options
 
@@ -140,6 +146,8 @@ def _srun(site: Site, table: RoleTable, run: RunDir, role: Role, log: bool) -> s
         *where,
         *(f"--nodes={role.nodes}", f"--ntasks={role.nodes}", "--ntasks-per-node=1"),
         *("--kill-on-bad-exit=1", "--unbuffered", "--input=none"),
+        # One task a node starts all its processes: a site that binds tasks would put them on one core.
+        "--cpu-bind=none",
         *([f"--mem={site.memory}"] if site.memory else []),
         *(gpu_flag(site) if role.devices else []),
         *site.srun_options,

@@ -23,6 +23,9 @@ from opd_megatron.errors import ConfigError, did_you_mean
 PREFIX = "cluster."
 _PACKAGE = Path(__file__).resolve().parents[2]
 _SBATCH_SAFE = re.compile(r"[A-Za-z0-9_.,:/@%+=\[\]-]*")
+# The operators of a constraint mean nothing to sbatch's own parser of lines.
+_CONSTRAINT = re.compile(r"[A-Za-z0-9_.,:/@%+=\[\]&|()*!-]*")
+_SBATCH_OPTION = re.compile(r"--([a-z][a-z-]*)(=.+)?")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _TIME = re.compile(r"(\d+-)?\d+(:\d\d){0,2}")
 # Slurm's way to say whole nodes with all their memory.
@@ -46,6 +49,9 @@ class Site:
         share_nodes: roles smaller than a node may stand on one.
         placement: `slices` of one allocation, or `het`, a heterogeneous job with a component a role.
         gpu_flag: how GPUs are asked for: `--gpus-per-node`, `--gres=gpu:` or not at all.
+        gpu_type: the type in front of the number, where a site wants one, e.g. `h100`.
+        exclusive: whole nodes. `false` needs `cpus_per_node`, and `memory` other than 0, which is all of a node.
+        cpus_per_node: asked for on every node; 0: not asked for.
         devices_per_numa_node: GPUs that hang on one NUMA node, to which their processes are bound; 0: no binding.
         interface: network interface whose address the servers bind; empty: the address of the node's name.
         grace_s: how long before the time limit the run is told to commit.
@@ -54,6 +60,7 @@ class Site:
         node_check: a shell command run on each node before its role; a node where it fails is left out from then on.
         environment: variables of every role.
         secrets: variable name -> file that holds its value; read on the node, at the start of each role.
+        sbatch_options: what no other key says, e.g. `--licenses=scratch`.
         setup: lines of shell at the head of the batch script, e.g. `module load slurm`.
     """
 
@@ -69,9 +76,11 @@ class Site:
     run_root: str = "runs"
     devices_per_node: int = 8
     gpu_flag: str = "gpus-per-node"
+    gpu_type: str = ""
     domain_nodes: int = 0
     segment: str = "none"
     exclusive: bool = True
+    cpus_per_node: int = 0
     memory: str = _ALL_MEMORY
     share_nodes: bool = True
     placement: str = "slices"
@@ -80,6 +89,7 @@ class Site:
     python: str = ""
     container_image: str = ""
     container_mounts: list[str] = field(default_factory=list[str])
+    sbatch_options: list[str] = field(default_factory=list[str])
     srun_options: list[str] = field(default_factory=list[str])
     grace_s: int = 300
     max_idle_attempts: int = 3
@@ -113,6 +123,7 @@ _CHOICES = {
 }
 _LOWEST = {
     "devices_per_node": 1,
+    "cpus_per_node": 0,
     "domain_nodes": 0,
     "devices_per_numa_node": 0,
     "grace_s": 0,
@@ -120,8 +131,14 @@ _LOWEST = {
     "server_restarts": 0,
 }
 _IN_SBATCH_LINES = (
-    "account", "partition", "qos", "reservation", "constraint", "exclude", "comment", "memory", "segment",
+    "account", "partition", "qos", "reservation", "exclude", "comment", "memory", "segment", "gpu_type",
 )  # fmt: skip
+# Options of sbatch that keys of a site or the job script decide.
+_OWN_OPTIONS = {
+    "account", "partition", "qos", "reservation", "constraint", "exclude", "time", "comment", "mem", "exclusive",
+    "segment", "gpus-per-node", "gres", "cpus-per-task", "nodes", "ntasks", "ntasks-per-node", "job-name", "output",
+    "error", "open-mode", "signal", "requeue", "no-requeue", "dependency", "array", "export", "hold",
+}  # fmt: skip
 
 
 def slurm_folder() -> Path:
@@ -221,6 +238,16 @@ def check_site(site: Site) -> None:
             raise _wrong(key, value, f"must be at least {low}", "raise it")
     for key in _IN_SBATCH_LINES:
         check_sbatch_text(f"{PREFIX}{key}", str(getattr(site, key)))
+    check_sbatch_text(f"{PREFIX}constraint", site.constraint, _CONSTRAINT)
+    for option in site.sbatch_options:
+        _check_sbatch_option(option)
+    if not site.exclusive and not site.cpus_per_node:
+        raise _wrong(
+            "exclusive",
+            False,
+            "on shared nodes Slurm gives one CPU a node unless more are asked for",
+            "set cluster.cpus_per_node (and cluster.memory)",
+        )
     if not _TIME.fullmatch(site.time):
         raise _wrong("time", site.time, "not a Slurm time", "write D-HH:MM:SS, HH:MM:SS or minutes")
     if site.grace_s > _LONGEST_NOTICE_S:
@@ -268,12 +295,28 @@ def _wrong(key: str, value: object, rule: str, fix: str) -> ConfigError:
     return ConfigError.of(f"{PREFIX}{key}", value, rule, fix)
 
 
-def check_sbatch_text(key: str, value: str) -> None:
+def _check_sbatch_option(option: str) -> None:
+    """
+    Raises:
+        ConfigError: not one option, or one that another key decides.
+    """
+    found = _SBATCH_OPTION.fullmatch(option)
+    if found is None or found[1] in _OWN_OPTIONS:
+        raise _wrong(
+            "sbatch_options",
+            option,
+            "must be `--name` or `--name=value`, of an option that no other key decides",
+            "see the keys of opd_megatron/launch/slurm/site.py",
+        )
+    check_sbatch_text(f"{PREFIX}sbatch_options", option)
+
+
+def check_sbatch_text(key: str, value: str, safe: re.Pattern[str] = _SBATCH_SAFE) -> None:
     """
     Raises:
         ConfigError: the value needs quoting in a `#SBATCH` line, or is the word for no value.
     """
-    if not _SBATCH_SAFE.fullmatch(value):
+    if not safe.fullmatch(value):
         raise ConfigError.of(
             key,
             value,

@@ -18,10 +18,11 @@ from opd_megatron.config.run_yaml import write_run_yaml
 from opd_megatron.config.schema import Recipe
 from opd_megatron.errors import ConfigError, OpdError
 from opd_megatron.launch.slurm import queue
+from opd_megatron.launch.slurm.begin import excuse
 from opd_megatron.launch.slurm.render import check_run_dir, render, write_script
 from opd_megatron.launch.slurm.site import Site
 from opd_megatron.launch.slurm.source import record_source
-from opd_megatron.launch.slurm.table import RoleTable, role_table, write_table
+from opd_megatron.launch.slurm.table import RoleTable, read_table, role_table, write_table
 from opd_megatron.rundir import RunDir, make_folder
 
 
@@ -122,6 +123,17 @@ def resume(run: RunDir) -> str:
         )
     for path in (run.slurm.cancelled, run.slurm.root / "begin_failures"):
         path.unlink(missing_ok=True)
-    job = queue.submit_script(run.slurm.script)
+    # Somebody has looked: what the attempts up to now failed at is taken as mended.
+    for number in run.attempts():
+        excuse(run.attempt(number))
+    job = queue.submit_script(run.slurm.script, _without_bad_nodes(run))
     queue.add_job(run, job)
     return job
+
+
+def _without_bad_nodes(run: RunDir) -> list[str]:
+    """Options of sbatch. The command line wins over the script's own `--exclude`, so both are said."""
+    path = run.slurm.bad_nodes
+    bad = sorted(set(path.read_text().split())) if path.exists() else []
+    of_site = [name for name in [read_table(run.slurm.table).exclude] if name]
+    return [f"--exclude={','.join([*bad, *of_site])}"] if bad else []

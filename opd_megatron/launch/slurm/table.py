@@ -166,10 +166,12 @@ class Frozen:
     secrets: dict[str, str]
     max_idle_attempts: int
     grace_s: int
+    exclude: str = ""
 
 
 _OF_THE_SITE = (
     "interface", "devices_per_numa_node", "node_check", "secrets", "max_idle_attempts", "grace_s",
+    "exclude",
 )  # fmt: skip
 
 

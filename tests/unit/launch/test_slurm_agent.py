@@ -84,6 +84,7 @@ def test_the_learners_nodes_meet_at_the_first(run: RunDir) -> None:
             command = commands.learner(place, "agent", ports)
         argv.append(list(command.argv))
         assert command.environment["GLOO_SOCKET_IFNAME"] == "lo"
+        assert command.environment["NCCL_SOCKET_IFNAME"] == "lo"
         assert command.environment["CUDA_VISIBLE_DEVICES"] == "0,1,2,3"
     worlds = [line[line.index("--opd-nodes") + 1].split(",") for line in argv]
     assert [world[:3] for world in worlds] == [["2", "0", "127.0.0.1"], ["2", "1", "127.0.0.1"]]
@@ -92,6 +93,30 @@ def test_the_learners_nodes_meet_at_the_first(run: RunDir) -> None:
         assert line[line.index("--nproc-per-node") + 1] == "4"
         assert line[line.index("--numa-binding") + 1] == "node"
         assert line.index("--numa-binding") < line.index("opd_megatron.megatron.learner")
+
+
+def test_nccl_talks_over_the_interface_of_the_site_everywhere(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """New weights go from the learner to servers on other nodes."""
+    place = agent.open_place(run, 1, "rollout", 0)
+    assert commands.nccl_environment(place) == {"NCCL_SOCKET_IFNAME": "lo"}
+    with PortReservations(place.address) as ports:
+        assert commands.servers(place, "a", ports)[0].environment["NCCL_SOCKET_IFNAME"] == "lo"
+    # The site's own word for it is in the environment already.
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "ib0,ib1")
+    assert commands.nccl_environment(place) == {}
+
+
+def test_a_node_without_numactl_is_no_bad_node(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agent, "_missing_gpus", lambda _: "")
+    monkeypatch.setattr(agent, "check_machine", lambda _: None)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"devices_per_numa_node=2: needs numactl"):
+        agent.check_node(agent.open_place(run, 1, "learner", 0))
+    assert not run.slurm.bad_nodes.exists()
 
 
 @pytest.mark.parametrize("listing", ["", "NVIDIA GB200, 10.0\nNVIDIA GB200, 10.0"])

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 
 from opd_megatron.atomic import write_json
+from opd_megatron.config.run_yaml import read_run_mapping, read_run_yaml, write_run_yaml
+from opd_megatron.config.schema import DataConfig, Recipe, StudentConfig
 from opd_megatron.controller.stop import refuse_if_fenced
 from opd_megatron.errors import ConfigError, Fenced, RoleDied
 from opd_megatron.launch.slurm import nodes, secrets
-from opd_megatron.launch.slurm.begin import claim, idle_attempts
+from opd_megatron.launch.slurm.begin import claim, idle_attempts, located
 from opd_megatron.launch.slurm.queue import JobState, add_job, jobs_of, parse_job
 from opd_megatron.rundir import RunDir
 
@@ -67,6 +69,38 @@ def test_an_attempt_that_was_asked_to_stop_is_excused(run: RunDir) -> None:
     claim(run, "1").stop_requested.touch()
     claim(run, "1")
     assert idle_attempts(run) == 1
+
+
+def test_an_attempt_that_the_time_limit_ended_counts(run: RunDir) -> None:
+    """Else a step that is longer than the job would begin again for ever."""
+    for _ in range(2):
+        claim(run, "1").stop_requested.write_text("USR1\n")
+    claim(run, "1").stop_requested.write_text("TERM\n")
+    claim(run, "1")
+    assert idle_attempts(run) == 3
+
+
+def test_names_are_found_on_the_node_where_the_submitter_had_no_files(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = Recipe(
+        student=StudentConfig(path="Qwen/Qwen3-4B-Base"),
+        data=DataConfig(train="math/train.parquet"),
+    )
+    write_run_yaml(run.run_yaml, recipe, Path("/there/own.py"), ["steps=3"])
+    before = run.run_yaml.read_bytes()
+    assert located(run) == recipe and run.run_yaml.read_bytes() == before
+    (tmp_path / "models" / "Qwen3-4B-Base").mkdir(parents=True)
+    (tmp_path / "data" / "math").mkdir(parents=True)
+    (tmp_path / "data/math/train.parquet").touch()
+    monkeypatch.setenv("OPD_MODELS", str(tmp_path / "models"))
+    monkeypatch.setenv("OPD_DATA", str(tmp_path / "data"))
+    found = located(run)
+    assert found.student.path == str(tmp_path / "models/Qwen3-4B-Base")
+    assert found.data.train == str(tmp_path / "data/math/train.parquet")
+    assert read_run_yaml(run.run_yaml) == found, "the other nodes read the same"
+    content = read_run_mapping(run.run_yaml)
+    assert (content["recipe_file"], content["overrides"]) == ("/there/own.py", ["steps=3"])
 
 
 def test_a_secret_is_read_from_a_private_file_only(tmp_path: Path) -> None:

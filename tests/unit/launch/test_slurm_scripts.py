@@ -166,12 +166,36 @@ def test_every_site_file_is_valid_and_says_what_it_is(name: str) -> None:
         ("cluster.environment.SLURM_CONF=x", "not a variable name of its own"),
         ("cluster.environment.A-B=x", "not a variable name of its own"),
         ("cluster.container_mounts=['/a:/a,/b:/b']", "one `FROM:TO"),
+        ("cluster.constraint=a b", "stands in an #SBATCH line"),
+        ("cluster.exclusive=false", "set cluster.cpus_per_node"),
+        ("cluster.sbatch_options=['--time=1']", "that no other key decides"),
+        ("cluster.sbatch_options=['-N 4']", "must be `--name`"),
+        ("cluster.sbatch_options=['--licenses=a b']", "stands in an #SBATCH line"),
     ],
 )
 def test_a_bad_site_value_is_refused_with_its_key(override: str, words: str) -> None:
     with pytest.raises(ConfigError, match=r".") as caught:
         load_site("generic", [override])
     assert words in str(caught.value)
+
+
+def test_what_a_site_asks_for_stands_in_its_lines() -> None:
+    where = site(
+        "generic",
+        "cluster.exclusive=false",
+        "cluster.cpus_per_node=32",
+        "cluster.memory=200G",
+        "cluster.gpu_type=h100",
+        "cluster.constraint=(ib&h100)|!old",
+        "cluster.sbatch_options=['--licenses=scratch:1', --no-kill]",
+    )
+    job = recipe(4, 2, 1)
+    script = render(where, role_table(job, where), RunDir(Path("/runs/x")), "opd-x")
+    lines = {line.removeprefix("#SBATCH ") for line in script.splitlines() if "#SBATCH" in line}
+    assert {"--cpus-per-task=32", "--mem=200G", "--gpus-per-node=h100:8"} <= lines
+    assert {"--constraint=(ib&h100)|!old", "--licenses=scratch:1", "--no-kill"} <= lines
+    assert "--exclusive" not in lines
+    assert "--gpus-per-node=h100:8 " in script, "steps ask for the same"
 
 
 def test_what_can_not_be_placed_is_refused() -> None:

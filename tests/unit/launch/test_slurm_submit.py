@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from opd_megatron.cli.app import main
-from opd_megatron.config.recipes import resolve_recipe
+from opd_megatron.config.recipes import find_recipes, resolve_recipe
 from opd_megatron.config.run_yaml import read_run_yaml
 from opd_megatron.errors import ConfigError
 from opd_megatron.launch.slurm import queue
+from opd_megatron.launch.slurm.begin import claim, idle_attempts
 from opd_megatron.launch.slurm.site import load_site
 from opd_megatron.launch.slurm.source import check_source, record_source
 from opd_megatron.launch.slurm.submit import plan, resume, write_job
@@ -115,6 +116,25 @@ def test_a_finished_run_is_not_resumed(tmp_path: Path) -> None:
         resume(job.run)
 
 
+def test_a_resumed_run_has_its_attempts_again_and_leaves_bad_nodes_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, path = resolve_recipe("demo", [])
+    site = load_site("cpu-test", ["cluster.exclude=gb[1-2]"])
+    run = RunDir(tmp_path / "run")
+    write_job(plan(recipe, path, [], site, run), {"git": None})
+    said = tmp_path / "said"
+    _fake(tmp_path, monkeypatch, sbatch=f'echo "$@" >{said}; echo 12', scontrol="exit 1")
+    for _ in range(3):
+        claim(run, "1")
+    run.slurm.bad_nodes.write_text("n9\nn2\nn9\n")
+    assert idle_attempts(run) == 3
+    monkeypatch.setattr(queue, "living_job", lambda _: None)
+    assert resume(run) == "12"
+    assert idle_attempts(run) == 0
+    assert f"--exclude=n2,n9,gb[1-2] {run.slurm.script}" in said.read_text()
+
+
 def test_a_command_of_slurm_that_is_missing_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nonexistent")
     with pytest.raises(ConfigError, match="run this on a login node"):
@@ -172,6 +192,16 @@ def test_a_refused_job_leaves_no_run_directory(
     assert capsys.readouterr().out.splitlines()[-3] == "job 12"
 
 
+def test_the_gpu_of_a_login_node_is_not_the_jobs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _fake(tmp_path, monkeypatch, **{"nvidia-smi": "echo 'Tesla V100-SXM2-16GB, 7.0'"})
+    recipe = ["demo", "device=cuda", "learner.precision=fp8"]
+    assert opd("validate", *recipe) == 78
+    assert "GPU 0 of this machine" in capsys.readouterr().err
+    assert opd("submit", *recipe, *WHERE, "--dry-run", "--run-dir", str(tmp_path / "run")) == 0
+
+
 def test_without_an_answer_of_slurm_nothing_is_claimed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -212,3 +242,31 @@ def test_a_large_job_is_shown_without_its_models(capsys: pytest.CaptureFixture[s
 def test_a_job_over_ssh_needs_nemo_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert opd("submit", "demo", *WHERE, "cluster.ssh_host=login") == 78
     assert "say --via nemo-run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "where", ["cluster.run_root=runs", "cluster.run_root=~/runs", "--run-dir=x"]
+)
+def test_a_run_directory_on_another_machine_is_a_whole_path(
+    where: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there = ["submit", "demo", "--cluster", "cpu-test", "--allow-dirty", "cluster.ssh_host=login"]
+    assert opd(*there, where) == 78
+    assert "with ssh_host must be a whole path" in capsys.readouterr().err
+
+
+def test_a_container_that_does_not_see_the_models_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there = ["submit", "demo", *WHERE, "--dry-run", "cluster.container_image=/images/opd.sqsh"]
+    there += ["--run-dir", str(tmp_path / "run")]
+    recipes = str(find_recipes()["demo"].parent)
+    assert opd(*there) == 78
+    words = capsys.readouterr().err
+    assert "student.path=" in words and f"add {recipes}/demo:{recipes}/demo" in words
+    for mounts in ("[/]", f"[{recipes}]", f"[/somewhere:{recipes}:ro]"):
+        assert opd(*there, f"cluster.container_mounts={mounts}") == 0
+    mounts = f"cluster.container_mounts=[{recipes}:{recipes}]"
+    for secret, rule in (("~/.token", "another home"), ("/etc/token", "does not see it")):
+        assert opd(*there, mounts, f"cluster.secrets.TOKEN={secret}") == 78
+        assert rule in capsys.readouterr().err

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -127,6 +129,20 @@ def test_a_living_run_keeps_its_directory(tmp_path: Path) -> None:
     process.wait()
     with lock.hold(path):
         pass
+
+
+def test_a_file_system_without_locks_is_said_and_no_obstacle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Lustre mounted without `flock` answers so."""
+
+    def refuse(_handle: int, _operation: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with lock.hold(tmp_path / "run.lock"):
+        pass
+    assert "Function not implemented: without locks" in capsys.readouterr().err
 
 
 def test_reserved_ports_are_not_given_twice() -> None:
