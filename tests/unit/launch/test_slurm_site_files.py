@@ -19,7 +19,7 @@ def written(folder: Path, text: str) -> str:
 
 def test_scalars_stay_as_they_are_written(tmp_path: Path) -> None:
     """YAML 1.1 reads 12:00:00 as 43200 (thirty days, for Slurm), `yes` as true and 012 as ten."""
-    text = "time: 12:00:00\nexclusive: no\ndevices_per_node: 4\nenvironment:\n  A: yes\n  B: 012\n"
+    text = "time: 12:00:00\nexclusive: no\ncpus_per_node: 8\ndevices_per_node: 4\nenvironment:\n  A: yes\n  B: 012\n"
     site = load_site(written(tmp_path, text), ["cluster.environment.C=on"])
     assert (site.time, limit_s(site)) == ("12:00:00", 12 * 3600)
     assert site.exclusive is False and site.devices_per_node == 4

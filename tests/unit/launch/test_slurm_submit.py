@@ -240,7 +240,8 @@ def test_a_large_job_is_shown_without_its_models(capsys: pytest.CaptureFixture[s
 
 
 def test_a_job_over_ssh_needs_nemo_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert opd("submit", "demo", *WHERE, "cluster.ssh_host=login") == 78
+    there = ["cluster.ssh_host=login", "cluster.run_root=/runs"]
+    assert opd("submit", "demo", *WHERE, *there) == 78
     assert "say --via nemo-run" in capsys.readouterr().err
 
 

@@ -53,7 +53,7 @@ role_0() { # controller: 1 node(s) from node 0, 0 device(s) each
     export NCCL_NET_GDR_C2C=1
     export NCCL_NET_GDR_LEVEL=PHB
     export NCCL_NVLS_ENABLE=0
-    exec srun --overlap --het-group=0 --nodes=1 --ntasks=1 --ntasks-per-node=1 --kill-on-bad-exit=1 --unbuffered --input=none --mem=0 --mpi=none \
+    exec srun --overlap --het-group=0 --nodes=1 --ntasks=1 --ntasks-per-node=1 --kill-on-bad-exit=1 --unbuffered --input=none --cpu-bind=none --mem=0 --mpi=none \
         /opt/opd/bin/python -m opd_megatron.launch.slurm.agent --run-dir /lustre/runs/big --role controller --attempt "$attempt"
 }
 
@@ -63,7 +63,7 @@ role_1() { # learner: 4 node(s) from node 0, 4 device(s) each
     export NCCL_NET_GDR_C2C=1
     export NCCL_NET_GDR_LEVEL=PHB
     export NCCL_NVLS_ENABLE=0
-    exec srun --overlap --het-group=0 --nodes=4 --ntasks=4 --ntasks-per-node=1 --kill-on-bad-exit=1 --unbuffered --input=none --mem=0 --gpus-per-node=4 --mpi=none --output="$run/logs/attempt_$attempt/learner/agent-%t.log" --open-mode=append \
+    exec srun --overlap --het-group=0 --nodes=4 --ntasks=4 --ntasks-per-node=1 --kill-on-bad-exit=1 --unbuffered --input=none --cpu-bind=none --mem=0 --gpus-per-node=4 --mpi=none --output="$run/logs/attempt_$attempt/learner/agent-%t.log" --open-mode=append \
         /opt/opd/bin/python -m opd_megatron.launch.slurm.agent --run-dir /lustre/runs/big --role learner --attempt "$attempt"
 }
 
@@ -73,7 +73,7 @@ role_2() { # rollout: 2 node(s) from node 0, 4 device(s) each
     export NCCL_NET_GDR_C2C=1
     export NCCL_NET_GDR_LEVEL=PHB
     export NCCL_NVLS_ENABLE=0
-    exec srun --overlap --het-group=1 --nodes=2 --ntasks=2 --ntasks-per-node=1 --kill-on-bad-exit=1 --unbuffered --input=none --mem=0 --gpus-per-node=4 --mpi=none --output="$run/logs/attempt_$attempt/rollout/agent-%t.log" --open-mode=append \
+    exec srun --overlap --het-group=1 --nodes=2 --ntasks=2 --ntasks-per-node=1 --kill-on-bad-exit=1 --unbuffered --input=none --cpu-bind=none --mem=0 --gpus-per-node=4 --mpi=none --output="$run/logs/attempt_$attempt/rollout/agent-%t.log" --open-mode=append \
         /opt/opd/bin/python -m opd_megatron.launch.slurm.agent --run-dir /lustre/runs/big --role rollout --attempt "$attempt"
 }
 
@@ -83,7 +83,7 @@ role_3() { # teacher-main: 1 node(s) from node 0, 4 device(s) each
     export NCCL_NET_GDR_C2C=1
     export NCCL_NET_GDR_LEVEL=PHB
     export NCCL_NVLS_ENABLE=0
-    exec srun --overlap --het-group=2 --nodes=1 --ntasks=1 --ntasks-per-node=1 --kill-on-bad-exit=1 --unbuffered --input=none --mem=0 --gpus-per-node=4 --mpi=none --output="$run/logs/attempt_$attempt/teacher-main/agent-%t.log" --open-mode=append \
+    exec srun --overlap --het-group=2 --nodes=1 --ntasks=1 --ntasks-per-node=1 --kill-on-bad-exit=1 --unbuffered --input=none --cpu-bind=none --mem=0 --gpus-per-node=4 --mpi=none --output="$run/logs/attempt_$attempt/teacher-main/agent-%t.log" --open-mode=append \
         /opt/opd/bin/python -m opd_megatron.launch.slurm.agent --run-dir /lustre/runs/big --role teacher-main --attempt "$attempt"
 }
 
@@ -93,7 +93,7 @@ begin_attempt() {
     export NCCL_NET_GDR_C2C=1
     export NCCL_NET_GDR_LEVEL=PHB
     export NCCL_NVLS_ENABLE=0
-    exec srun --overlap --het-group=0 --nodes=1 --ntasks=1 --ntasks-per-node=1 --kill-on-bad-exit=1 --unbuffered --input=none --mem=0 --mpi=none \
+    exec srun --overlap --het-group=0 --nodes=1 --ntasks=1 --ntasks-per-node=1 --kill-on-bad-exit=1 --unbuffered --input=none --cpu-bind=none --mem=0 --mpi=none \
         /opt/opd/bin/python -m opd_megatron.launch.slurm.begin --run-dir /lustre/runs/big --job "$SLURM_JOB_ID"
 }
 
@@ -101,18 +101,30 @@ names=(controller learner rollout teacher-main)
 
 # ---------------------------------------------------------------- the life of one attempt
 
-# Is another job of ours alive? When Slurm does not answer, it counts as alive.
+# A command of Slurm, tried for two minutes: its controller may be busy or start again.
+ask() {
+    local try
+    for try in {1..8}; do
+        "$@" && return
+        say "$1 failed, try $try of 8" >&2
+        ((try < 8)) && { sleep 15 & wait $!; }
+    done
+    return 1
+}
+
+# Is another job of ours alive? 0 yes, 1 no, 2 nobody can tell. All states are asked for, since a Slurm refuses the name
+# of one that it does not know.
 is_alive() {
-    local running
-    running=$(squeue -h -u "$(id -u)" -t RUNNING,COMPLETING,CONFIGURING,SUSPENDED,STOPPED,SIGNALING,STAGE_OUT -o %A) || return 0
-    grep -qx "$1" <<<"$running"
+    local known
+    known=$(ask squeue -h -u "$(id -u)" -t all -o '%A %T') || return 2
+    grep -qE "^$1 (RUNNING|COMPLETING|CONFIGURING|SUSPENDED|STOPPED|SIGNALING|STAGE_OUT|RESIZING)$" <<<"$known"
 }
 
 start() { "role_$1" & pid[$1]=$!; }
 
 request_stop() {
     stopping=$1
-    [[ -z $attempt_dir ]] || : >"$attempt_dir/stop_requested"
+    [[ -z $attempt_dir ]] || printf '%s\n' "$1" >"$attempt_dir/stop_requested"
     say "$1: asked the controller to commit and end"
 }
 
@@ -157,17 +169,18 @@ watch() {
 # Ends this job so that the run goes on: with other nodes in a job of its own when some are bad, else requeued.
 again() {
     local state bad successor
-    state=$(scontrol -o show job "$SLURM_JOB_ID" | grep -o 'JobState=[A-Z]*')
+    # Of a heterogeneous job every component has a line; the first is the one whose id this is.
+    state=$(ask scontrol -o show job "$SLURM_JOB_ID" | sed -n '1s/.*\(JobState=[A-Z]*\).*/\1/p')
     if [[ yes == yes && $state == JobState=RUNNING && ! -e $slurm_dir/cancelled ]]; then
         bad=$(sort -u "$slurm_dir/bad_nodes" 2>/dev/null | paste -sd,)
         if [[ -n $bad && $bad != "${OPD_EXCLUDED:-}" ]]; then
             successor=$(OPD_EXCLUDED=$bad sbatch --parsable --dependency="afterany:$SLURM_JOB_ID" --exclude="$bad" "$slurm_dir/job.sh") &&
                 printf '%s\n' "${successor%%;*}" >>"$slurm_dir/jobs" && say "job ${successor%%;*} goes on without $bad" && exit 75
         fi
-        say "requeued"
+        say "asking Slurm to requeue"
         # Slurm ends this script here.
         trap 'exit 75' TERM USR1
-        scontrol requeue "$SLURM_JOB_ID" && { sleep 300 & wait $!; }
+        ask scontrol requeue "$SLURM_JOB_ID" && { sleep 300 & wait $!; }
     fi
     say "go on with: opd resume $run"
     exit 75
@@ -179,15 +192,21 @@ cd "$run" || exit 78
 [[ -e $run/DONE ]] && { say "the run is done"; exit 0; }
 [[ -e $slurm_dir/cancelled ]] && { say "the run was cancelled; opd resume goes on with it"; exit 0; }
 owner=$(cat "$slurm_dir/owner" 2>/dev/null)
-if [[ -n $owner && $owner != "$SLURM_JOB_ID" ]] && is_alive "$owner"; then
-    say "job $owner is alive in $run"
-    exit 78
+if [[ -n $owner && $owner != "$SLURM_JOB_ID" ]]; then
+    is_alive "$owner"
+    case $? in
+        0) say "job $owner is alive in $run"; exit 78 ;;
+        2) say "Slurm can not say whether job $owner is alive in $run"; again ;;
+    esac
 fi
 say "job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}, nodes ${SLURM_JOB_NODELIST:-?}"
 trap 'request_stop USR1' USR1
 trap 'request_stop TERM' TERM
-attempt=$(begin_attempt)
+said=$(begin_attempt)
 code=$?
+# A prolog or a container may print too; the number stands alone on its line.
+attempt=$(grep -xE '[0-9]+' <<<"$said" | tail -n 1)
+((code == 0)) && [[ -z $attempt ]] && { say "no number of an attempt in: $said"; code=75; }
 if ((code != 0)); then
     ((code == 78)) && exit 78
     failures=$(($(cat "$slurm_dir/begin_failures" 2>/dev/null || echo 0) + 1))
@@ -198,7 +217,7 @@ if ((code != 0)); then
 fi
 rm -f "$slurm_dir/begin_failures"
 attempt_dir=$run/attempts/$attempt
-[[ -z $stopping ]] || : >"$attempt_dir/stop_requested"
+[[ -z $stopping ]] || printf '%s\n' "$stopping" >"$attempt_dir/stop_requested"
 say "attempt $attempt"
 for i in "${!names[@]}"; do start "$i"; done
 watch
