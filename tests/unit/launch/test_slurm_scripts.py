@@ -22,7 +22,7 @@ from opd_megatron.config.schema import (
     TeacherConfig,
 )
 from opd_megatron.errors import ConfigError
-from opd_megatron.launch.slurm.preview import processes
+from opd_megatron.launch.slurm.preview import Preview, processes
 from opd_megatron.launch.slurm.render import render
 from opd_megatron.launch.slurm.site import Site, find_sites, load_site
 from opd_megatron.launch.slurm.submit import Job
@@ -75,22 +75,38 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_script_is_the_golden_one(name: str) -> None:
-    job, where = CASES[name]
-    text = render(where, role_table(job, where), RunDir(Path("/lustre/runs/big")), "opd-big")
-    path = GOLDEN / f"{name}.sh"
+RUN = RunDir(Path("/lustre/runs/big"))
+
+
+def _compare(path: Path, text: str) -> None:
     if os.environ.get("GOLDEN") == "write":
         path.write_text(text)
     assert text == path.read_text()
+
+
+def _previews(name: str) -> list[Preview]:
+    big, where = CASES[name]
+    return list(processes(Job(big, Path("big.py"), (), where, role_table(big, where), RUN, "")))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_script_is_the_golden_one(name: str) -> None:
+    job, where = CASES[name]
+    path = GOLDEN / f"{name}.sh"
+    _compare(path, render(where, role_table(job, where), RUN, "opd-big"))
     subprocess.run(["bash", "-n", str(path)], check=True)
 
 
+@pytest.mark.parametrize("name", ["gb200-het", "h100-4-nodes"])
+def test_what_the_nodes_start_is_the_golden_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPUs, NUMA nodes, interfaces, the learner's world."""
+    for variable in ("CUDA_VISIBLE_DEVICES", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.delenv(variable, raising=False)
+    _compare(GOLDEN / f"{name}.commands", "".join(f"{p.line()}\n" for p in _previews(name)))
+
+
 def test_the_dry_run_shows_every_process_with_its_node_and_gpus() -> None:
-    big, where = CASES["gb200-18-nodes"]
-    run = RunDir(Path("/lustre/runs/big"))
-    job = Job(big, Path("big.py"), (), where, role_table(big, where), run, "")
-    shown = list(processes(job))
+    shown = _previews("gb200-18-nodes")
     assert len(shown) == 1 + 10 + 24 + 2  # controller, learner nodes, rollout servers, teachers
     assert len({p.line() for p in shown}) == len(shown)
     by_name = {p.name: p for p in shown}
