@@ -227,8 +227,8 @@ def _sampling(recipe: Recipe) -> Iterator[str]:
         )
 
 
-# Those that need the student's own top-K.
-_STUDENT_SUPPORTS = ("student_topk", "union", "intersection", "symmetric_difference")
+# Those for which a rollout must bring the student's own top-K along; an intersection is made in the learner.
+_LISTED_SUPPORTS = ("student_topk", "union", "symmetric_difference")
 
 
 def _has_support(recipe: Recipe) -> bool:
@@ -250,7 +250,7 @@ def _environment(recipe: Recipe) -> Iterator[str]:
             f"environment.name=none"
         )
     support = recipe.objective.support
-    if recipe.served_teachers and support in _STUDENT_SUPPORTS and _has_support(recipe):
+    if recipe.served_teachers and support in _LISTED_SUPPORTS and _has_support(recipe):
         yield (
             f"objective.support={support!r}: the student's own top-K comes with a rollout of one turn, not with a "
             f"conversation (environment.name={environment.name!r}); take teacher_topk, or teachers in process"

@@ -167,7 +167,9 @@ class Probe:
         begin = time.monotonic()
         scores = await self._score(name, self._roles.teachers[name], rollouts)
         seconds = time.monotonic() - begin
-        match = match_teacher(
+        # In a thread: long responses take a while, and the heartbeat goes on.
+        match = await asyncio.to_thread(
+            match_teacher,
             [
                 (_listed(ours), _listed(theirs))
                 for ours, theirs in zip(student, scores, strict=True)

@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opd_megatron.eval.kl import dense_logprobs, kl_per_position
+from opd_megatron.teacher.joint import Listing, candidates, known
 
 
 @dataclass(frozen=True)
@@ -111,9 +112,7 @@ def _positions(
         reverse, forward = kl_per_position(log_p, log_q), kl_per_position(log_q, log_p)
     else:
         reverse = student.sampled_logprobs.astype(np.float64) - teacher.sampled_logprobs
-        forward = np.asarray(
-            [_forward_bound(student, teacher, t, int(token)) for t, token in enumerate(sampled_L)]
-        )
+        forward = _forward_bound(student, teacher, sampled_L)
     student_top, teacher_top = student.ids[:, :num_top], teacher.ids[:, :num_top]
     shared_LK = (student_top[:, :, None] == teacher_top[:, None, :]).any(axis=2)
     shared_of_teacher_LK = (teacher_top[:, :, None] == student_top[:, None, :]).any(axis=2)
@@ -130,16 +129,30 @@ def _positions(
     }
 
 
-def _forward_bound(student: Listed, teacher: Listed, position: int, sampled: int) -> float:
-    """KL(q || p) over the tokens whose log-prob both sides stated, the rest as one."""
-    known = [
-        dict(zip(side.ids[position].tolist(), side.logprobs[position].tolist(), strict=True))
-        | {sampled: float(side.sampled_logprobs[position])}
+def _forward_bound(
+    student: Listed, teacher: Listed, sampled_L: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """[L] KL(q || p) over the tokens whose log-prob both sides stated, the rest as one."""
+    listings = [
+        Listing(
+            side.sampled_logprobs.astype(np.float64),
+            side.ids.astype(np.int64),
+            side.logprobs.astype(np.float64),
+        )
         for side in (student, teacher)
     ]
-    shared = sorted(known[0].keys() & known[1].keys())
-    log_p, log_q = (np.asarray([side[token] for token in shared]) for side in known)
-    with_rest = [
-        np.append(logs, np.log(max(1.0 - np.exp(logs).sum(), 1e-12))) for logs in (log_p, log_q)
-    ]
-    return float(kl_per_position(with_rest[1][None], with_rest[0][None])[0])
+    ids_LJ = candidates(listings, sampled_L[:, None])
+    is_sampled = ids_LJ == sampled_L[:, None]
+    log_p_LJ, log_q_LJ = (
+        np.where(is_sampled, listing.sampled_L[:, None], known(ids_LJ, listing))
+        for listing in listings
+    )
+    shared_LJ = ~np.isnan(log_p_LJ) & ~np.isnan(log_q_LJ)
+    with_rest = [_with_rest(np.where(shared_LJ, logs, -np.inf)) for logs in (log_q_LJ, log_p_LJ)]
+    return kl_per_position(*with_rest)
+
+
+def _with_rest(logprobs_LJ: NDArray[np.float64]) -> NDArray[np.float64]:
+    """[L, J + 1] with one more entry for all other tokens."""
+    rest_L = np.log(np.maximum(1.0 - np.exp(logprobs_LJ).sum(axis=1), 1e-12))
+    return np.concatenate([logprobs_LJ, rest_L[:, None]], axis=1)

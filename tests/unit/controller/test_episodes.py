@@ -23,6 +23,7 @@ from opd_megatron.errors import ContractError
 from opd_megatron.eval.grading import make_grader
 from opd_megatron.exchange.batch_file import read_index, read_whole, write_batch
 from opd_megatron.exchange.staleness import check_staleness
+from opd_megatron.losses.settings import LISTED_SUPPORTS
 from opd_megatron.serving.client import Sampling
 from opd_megatron.serving.contract import Generation
 from opd_megatron.types import Prompt, Rollout, Sample, TeacherScores
@@ -170,6 +171,17 @@ def test_rules_of_conversations_name_the_fix() -> None:
     assert "lower rollout.max_new_tokens to 19" in found
     fits = ["environment.max_observation_tokens=10", "rollout.max_new_tokens=20"]
     assert problems(apply_overrides(demo, [*turns, *fits])) == []
+    for support in (
+        "student_topk",
+        "union",
+        "symmetric_difference",
+        "intersection",
+        "teacher_topk",
+    ):
+        matching = ["objective.estimator=support_matching", f"objective.support={support}"]
+        found = problems(apply_overrides(demo, [*turns, *fits, *matching]))
+        asked = support in LISTED_SUPPORTS
+        assert any("comes with a rollout of one turn" in problem for problem in found) == asked
     teacher = dataclasses.replace(demo.teachers["main"], aliases={"a": "b"})
     aliased = dataclasses.replace(
         apply_overrides(demo, [*turns, *fits]), teachers={"main": teacher}

@@ -89,3 +89,19 @@ def test_end_agreement_counts_positions_where_either_would_end() -> None:
 def test_no_token_is_refused() -> None:
     with pytest.raises(ValueError, match="no response has a token"):
         match_teacher([], [], vocab_size=VOCAB, num_top=4, end_ids=(END,))
+
+
+def test_the_forward_bound_is_what_its_definition_says_at_every_position() -> None:
+    for seed, (length, k) in enumerate(((7, 3), (4, 1), (1, 6))):
+        student, teacher = random_logprobs(seed, length), random_logprobs(9 + seed, length)
+        sampled = np.random.default_rng(seed).integers(0, VOCAB, length)
+        sides = listed(student, k, sampled), listed(teacher, k, sampled)
+        wanted: list[float] = []
+        for t, token in enumerate(sampled):
+            ours, theirs = ({int(token), *side.ids[t].tolist()} for side in sides)
+            shared = sorted(ours & theirs)
+            q, p = (np.exp(row[t][shared]) for row in (teacher, student))
+            q, p = (np.append(part, 1.0 - part.sum()) for part in (q, p))
+            wanted.append(float((q * np.log(q / p)).sum()))
+        found = match(student, teacher, k, sampled, 1).forward
+        assert found == pytest.approx(np.mean(wanted), abs=1e-5)
