@@ -5,7 +5,8 @@
 
 A real SGLang server of a tiny model on CPU scores one response a request. Of every request: size of the body, wall time
 until its last byte, and the time that our client needs to decode and check it (`serving/contract.py`). The same
-response with K = 0 (the sampled tokens alone) is the prefill itself; what K adds to both times is its transport.
+response with K = 0 (the sampled tokens alone) is the prefill itself; what K adds to both times is its transport, but
+for the choice of the K tokens on the server, which is timed alone: one `topk` on one core, as this server does it.
 With `--run`, a finished run of the same machine, that is compared with the run's step time a token.
 
 Left out: a network between the processes (loopback here), a GPU server, several requests at once.
@@ -26,7 +27,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +63,12 @@ class Request:
 
 @dataclass(frozen=True)
 class Timing:
-    """Medians over repeats; `num_bytes` is the body of the answer."""
+    """Medians over repeats; `num_bytes` is the body of the answer, `select_s` the choice of K tokens alone."""
 
     num_bytes: int
     wall_s: float
     decode_s: float
+    select_s: float = 0.0
 
 
 def requests(tokens: Sequence[int], topk: Sequence[int]) -> list[Request]:
@@ -183,6 +185,18 @@ async def measure(url: str, keys: ServerKeys, wanted: Request, repeats: int) -> 
     )
 
 
+def selection_s(tokens: int, topk: int, repeats: int) -> float:
+    """Seconds to choose the K likeliest of the vocabulary at so many positions, on one core; the server's own work."""
+    logprobs_TV = torch.randn(tokens, VOCAB, generator=torch.Generator().manual_seed(0))
+    torch.set_num_threads(1)
+    seconds: list[float] = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        logprobs_TV.topk(topk, dim=1)
+        seconds.append(time.perf_counter() - begin)
+    return statistics.median(seconds)
+
+
 async def measure_all(
     url: str, keys: ServerKeys, wanted: Sequence[Request], repeats: int
 ) -> dict[Request, Timing]:
@@ -191,7 +205,10 @@ async def measure_all(
     await measure(url, keys, wanted[0], 1)
     found: dict[Request, Timing] = {}
     for number, one in enumerate(wanted, start=1):
-        found[one] = await measure(url, keys, one, repeats)
+        timing = await measure(url, keys, one, repeats)
+        if one.form in ("base64", "nested"):
+            timing = replace(timing, select_s=selection_s(one.tokens, one.topk, repeats))
+        found[one] = timing
         print(f"[{number}/{len(wanted)}] {one} {found[one]}", file=sys.stderr, flush=True)
     return found
 

@@ -32,9 +32,11 @@ def _row(record: dict[str, Any], result: dict[str, Any]) -> list[str]:
     tokens = result["tokens"]
     micro = 1e6 / tokens
     if result["form"] == "sampled":
-        more = ["-", "-"]
+        more = ["-", "-", "-"]
     else:
-        more = [f"{entry_bytes(record, result):.1f}", f"{added_s(record, result) * micro:.1f}"]
+        selected = f"{result['select_s'] * micro:.1f}" if result["select_s"] else "-"
+        added = f"{added_s(record, result) * micro:.1f}"
+        more = [f"{entry_bytes(record, result):.1f}", added, selected]
     return [
         f"{tokens:,}",
         result["form"] if result["form"] != "sampled" else "sampled tokens alone",
@@ -46,13 +48,19 @@ def _row(record: dict[str, Any], result: dict[str, Any]) -> list[str]:
     ]
 
 
-def shares(record: dict[str, Any]) -> dict[int, float]:
-    """By length: what base64 top-64 adds, over the step time of as many tokens; empty without a run."""
+def shares(record: dict[str, Any], *, with_selection: bool = True) -> dict[int, float]:
+    """By length: what base64 top-64 adds, over the step time of as many tokens; empty without a run.
+
+    Args:
+        with_selection: also the server's choice of the tokens, which is no transport.
+    """
     if record["run"] is None:
         return {}
     step = record["run"]["step_s_per_token"]
     return {
-        r["tokens"]: added_s(record, r) / r["tokens"] / step
+        r["tokens"]: (added_s(record, r) - (0.0 if with_selection else r["select_s"]))
+        / r["tokens"]
+        / step
         for r in record["results"]
         if r["form"] == "base64" and r["topk"] == GOAL_TOPK
     }
@@ -64,10 +72,15 @@ def _goal(record: dict[str, Any]) -> list[str]:
         return ["Share of a step: not measured (no `--run`)."]
     run, worst = record["run"], max(found.values())
     verdict = "met" if worst <= GOAL_SHARE else "missed"
-    per_length = ", ".join(f"{share:.1%} at {tokens:,} tokens" for tokens, share in found.items())
+    alone = shares(record, with_selection=False)
+
+    def per_length(of: dict[int, float]) -> str:
+        return ", ".join(f"{share:.1%} at {tokens:,} tokens" for tokens, share in of.items())
+
     return [
-        f"Goal: base64 top-{GOAL_TOPK} adds at most {GOAL_SHARE:.0%} of the step time of as many tokens. Measured: "
-        f"{per_length}: {verdict}.",
+        f"Goal: base64 top-{GOAL_TOPK} adds at most {GOAL_SHARE:.0%} of the step time of as many tokens. Measured, if "
+        f"nothing of it overlapped: {per_length(found)}: {verdict}. Without the choice of the tokens, which is the "
+        f"teacher's work and not transport: {per_length(alone)}.",
         f"The step is that of a finished run on the same machine: median {run['step_s']:.2f} s, "
         f"{1e6 * run['step_s_per_token']:.0f} us a response token, {run['steps']} steps. Nothing is subtracted for "
         f"overlap: groups are scored while others are generated, and {run['teacher_frac']:.1%} of the run's step time "
@@ -97,6 +110,7 @@ def render(record: dict[str, Any]) -> str:
             "decode us/token",
             "B/entry",
             "added us/token",
+            "of it selecting",
         ],
         [_row(record, result) for result in record["results"]],
     )

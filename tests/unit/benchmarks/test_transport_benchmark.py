@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import transport, transport_report
+from benchmarks import transport, transport_report, transport_step
 from benchmarks.transport import Request
 from opd_megatron.observe.writer import MetricsWriter
 
@@ -21,7 +21,7 @@ def record(run: dict[str, Any] | None = None) -> dict[str, Any]:
     def result(form: str, k: int, size: int, wall: float, decode: float) -> dict[str, Any]:
         return {
             "form": form, "topk": k, "tokens": 1000,
-            "num_bytes": size, "wall_s": wall, "decode_s": decode,
+            "num_bytes": size, "wall_s": wall, "decode_s": decode, "select_s": 0.01 * (k > 0),
         }  # fmt: skip
 
     results = [
@@ -58,7 +58,12 @@ def test_the_goal_is_judged_against_the_step_of_a_run(step_us: float, verdict: s
     run = {"steps": 5, "step_s": 2.0, "step_s_per_token": step_us * 1e-6, "teacher_frac": 0.1}
     text = transport_report.render(record(run))
     assert verdict in text
-    assert "| 1,000 | base64 | 64 | 734 | 120.0 | 20.0 | 11.0 | 30.0 |" in text
+    assert "| 1,000 | base64 | 64 | 734 | 120.0 | 20.0 | 11.0 | 30.0 | 10.0 |" in text
+    assert f"not transport: {100 * 20 / step_us:.1f}% at 1,000 tokens" in text
+
+
+def test_the_choice_of_the_tokens_is_timed_alone() -> None:
+    assert 0.0 < transport.selection_s(8, 64, 1) < 1.0
 
 
 def test_without_a_run_nothing_is_claimed() -> None:
@@ -76,3 +81,29 @@ def test_the_step_of_a_run_is_read_from_its_metrics(tmp_path: Path) -> None:
     assert found["steps"] == 3 and found["step_s"] == 2.0
     assert found["step_s_per_token"] == pytest.approx(2e-3)
     assert found["teacher_frac"] == pytest.approx(0.1)
+
+
+def test_what_k_adds_is_the_difference_of_two_steps_and_of_their_parts() -> None:
+    def run(mode: str, topk: int, step: float, learner: float) -> dict[str, Any]:
+        seconds = {
+            "step": [step, 9.0, step],
+            "learner": [learner] * 3,
+            "rollout": [1.0],
+            "teacher": [0.2],
+        }
+        return {
+            "mode": mode, "topk": topk, "seed": 0, "tokens": 5120.0, "load_average_at_start": 0.1,
+            "seconds": seconds,
+        }  # fmt: skip
+
+    runs = [
+        run(mode, k, 2.0 + k / 640, 0.5 + k / 3200)
+        for mode in transport_step.MODES
+        for k in (0, 64)
+    ]
+    runs = [one | {"topk": max(1, one["topk"])} for one in runs]
+    found = {**record(), "runs": runs, "repeats": 1}
+    assert transport_step.added(found, "sync", "step") == pytest.approx(0.1)
+    assert transport_step.added(found, "sync", "learner") == pytest.approx(0.02)
+    text = transport_step.to_markdown(found)
+    assert "+0.100 s, +5.0% of the step (goal 5%: m" in text and "part grows by +0.020 s" in text
