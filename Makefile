@@ -52,6 +52,7 @@ test-megatron-latest: ## Run the learner's tests on the newest Megatron-Core (Py
 
 .PHONY: test-gpu
 test-gpu: ## Run loss and learner on one CUDA device; GPU_PYTHON has torch, triton, pytest (learner: Megatron-Core and Transformer Engine)
+	@$(GPU_PYTHON) -c "import importlib.util as u, sys; lacks = [n for n in ('pytest', 'torch', 'triton') if u.find_spec(n) is None]; lacks and sys.exit('make test-gpu: NOTHING WAS RUN: %s lacks %s; name a Python that has them: make test-gpu GPU_PYTHON=/path/to/python' % (sys.executable, ', '.join(lacks)))"
 	$(GPU_PYTHON) -m pytest -q tests/gpu --durations=10
 
 .PHONY: check
