@@ -119,7 +119,7 @@ def join_shards(unit: Unit, arch: Architecture, shards: list[torch.Tensor]) -> l
 def _check_tied_head(weights: ModelWeights, arch: Architecture, tp_size: int, tp_rank: int) -> None:
     if not arch.tied_embeddings or HEAD not in weights.names():
         return
-    rows = _split(arch.vocab_size, tp_size, tp_rank)
+    rows = [min(row, arch.vocab_size) for row in _split(arch.padded_vocab_size, tp_size, tp_rank)]
     if not torch.equal(weights.rows(HEAD, *rows), weights.rows(EMBEDDING, *rows)):
         raise ConfigError.of(
             f"{weights.path}: tensor",

@@ -30,6 +30,12 @@ MAX_FILE_BYTES = 5_000_000_000
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
+def _unreadable(model_path: Path, name: str, error: Exception) -> ConfigError:
+    return ConfigError.of(
+        "model path", str(model_path), f"{name} can not be read ({error!r})", "repair it"
+    )
+
+
 class ModelWeights:
     """The tensors of a Hugging Face directory, one file or sharded with an index.
 
@@ -37,7 +43,7 @@ class ModelWeights:
         model_path: the directory.
 
     Raises:
-        ConfigError: no safetensors there, or a shard is missing or damaged.
+        ConfigError: no safetensors there, or the index or a shard is missing or damaged.
     """
 
     def __init__(self, model_path: Path) -> None:
@@ -45,7 +51,10 @@ class ModelWeights:
         index = model_path / INDEX_FILE
         files = [WEIGHTS_FILE]
         if index.is_file():
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            try:
+                files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise _unreadable(model_path, INDEX_FILE, error) from error
         self._files: dict[str, Any] = {}
         for name in files:
             try:
@@ -53,9 +62,7 @@ class ModelWeights:
             except (
                 Exception
             ) as error:  # safetensors raises its own type, OSError or a Rust panic type
-                raise ConfigError.of(
-                    "model path", str(model_path), f"{name} can not be read ({error})", "repair it"
-                ) from error
+                raise _unreadable(model_path, name, error) from error
             self._files.update(dict.fromkeys(opened.keys(), opened))
 
     def names(self) -> set[str]:

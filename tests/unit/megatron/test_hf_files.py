@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from opd_megatron.errors import ConfigError
 from opd_megatron.megatron.architecture import Architecture, architecture_of
-from opd_megatron.megatron.hf_names import EMBEDDING, hf_shapes
+from opd_megatron.megatron.hf import _check_tied_head
+from opd_megatron.megatron.hf_names import EMBEDDING, HEAD, hf_shapes
 from opd_megatron.megatron.safetensors_files import (
     INDEX_FILE,
     ModelWeights,
@@ -119,6 +120,35 @@ def test_config_and_weights_that_disagree_name_the_tensor(
     save_file(_tensors(), tmp_path / "model.safetensors")
     with pytest.raises(ConfigError, match=problem):
         check_tensors(ModelWeights(tmp_path), architecture_of(CONFIG | change))
+
+
+@pytest.mark.parametrize("changed_row", [0, 4, 10])
+def test_a_head_that_is_not_the_embedding_it_is_tied_to_is_seen_by_the_rank_that_reads_it(
+    tmp_path: Path, changed_row: int
+) -> None:
+    arch = architecture_of(CONFIG | {"tie_word_embeddings": True, "vocab_size": 11})
+    tensors = {name: torch.randn(shape) for name, shape in hf_shapes(arch).items()}
+    tensors[HEAD] = tensors[EMBEDDING].clone()
+    save_file(tensors, tmp_path / "model.safetensors")
+    for rank in range(2):
+        _check_tied_head(ModelWeights(tmp_path), arch, 2, rank)
+    tensors[HEAD][changed_row] += 1
+    save_file(tensors, tmp_path / "model.safetensors")
+    seen = []
+    for rank in range(2):
+        try:
+            _check_tied_head(ModelWeights(tmp_path), arch, 2, rank)
+        except ConfigError as error:
+            assert f"{HEAD}'" in str(error)
+            seen.append(rank)
+    assert seen == [changed_row * 2 // arch.padded_vocab_size]
+
+
+@pytest.mark.parametrize("index", ["{", "[]", "{}", '{"weight_map": []}'])
+def test_a_damaged_index_is_refused(tmp_path: Path, index: str) -> None:
+    (tmp_path / INDEX_FILE).write_text(index)
+    with pytest.raises(ConfigError, match=f"{INDEX_FILE} can not be read"):
+        ModelWeights(tmp_path)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"not safetensors"])
