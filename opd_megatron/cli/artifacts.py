@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from opd_megatron.config.run_yaml import read_run_mapping
-from opd_megatron.errors import EXIT_CONFIG
+from opd_megatron.errors import EXIT_CONFIG, EXIT_INTERRUPTED
 from opd_megatron.rundir import RunDir
 
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
@@ -33,11 +33,16 @@ def export(
 ) -> None:
     """Write the student of a commit as a Hugging Face directory (safetensors, tokenizer, chat template)."""
     from opd_megatron.launch.export import export_commit
+    from opd_megatron.launch.supervisor import Interrupted
 
     def say(text: str) -> None:
         print(text, flush=True)
 
-    export_commit(RunDir(run.resolve()), out.resolve(), step, say)
+    try:
+        export_commit(RunDir(run.resolve()), out.resolve(), step, say)
+    except Interrupted as interruption:
+        say(f"{interruption}: nothing was written")
+        sys.exit(EXIT_INTERRUPTED)
 
 
 def doctor() -> None:

@@ -247,6 +247,18 @@ class Supervisor:
         self.start(role)
         return True
 
+    def check(self) -> None:
+        """For a caller that waits for something else; call it a few times a second.
+
+        Raises:
+            RoleDied, ConfigError: a process ended.
+            Interrupted: as `watch`.
+        """
+        self._check_interruption()
+        dead = self._dead("")
+        if dead is not None:
+            raise self._death(dead)
+
     def attend(self, until: Callable[[], bool], signs: MainSigns) -> None:
         """Stay with processes that have no main one among them until `until()` is true; dead servers start again.
 

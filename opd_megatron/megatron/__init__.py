@@ -8,6 +8,8 @@ The only package that imports `megatron.*`.
     model       Hugging Face config -> TransformerConfig, layer spec, GPTModel
     hf          streamed weights in and out; `hf_names` is the one name table
     checkpoint  distributed checkpoints, also beside the training (`checkpoint_writer`); `optimizer_format` loads the
-                state of the distributed optimizer without it, and the other way round
+                state of the distributed optimizer without it, and the other way round; `checkpoint_errors` says whose
+                fault a failure is
+    layout      sizes of the parallel dimensions; `parallel` makes the process groups of them
     cpu_shim    CUDA literals of Megatron-Core on CPU; loaded for device "cpu" only
 """

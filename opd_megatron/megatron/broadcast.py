@@ -73,7 +73,7 @@ def join_group(state: LearnerState, command: Command) -> Result:
 
 
 def send_weights(state: LearnerState, command: Command) -> Result:
-    state.require_loaded()
+    state.require_weights()
     if state.optimizer_step != command["optimizer_step"]:
         # A server came back while the learner trained: the version that it was to get is gone.
         # The servers wait for it already; the end of the group ends that.

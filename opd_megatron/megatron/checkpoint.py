@@ -25,6 +25,7 @@ from megatron.core.tensor_parallel.random import CudaRNGStatesTracker, get_cuda_
 from opd_megatron.atomic import fsync_dir, fsync_file
 from opd_megatron.errors import CheckpointError, ContractError
 from opd_megatron.megatron import adamw_state
+from opd_megatron.megatron.checkpoint_errors import told_apart
 from opd_megatron.megatron.checkpoint_writer import InProcessStrategy, PlannedSave
 from opd_megatron.megatron.optimizer_format import load_other_kind
 from opd_megatron.megatron.state import LearnerState
@@ -50,6 +51,7 @@ def _random_states() -> dict[str, Any]:
         "python": random.getstate(),
         "numpy": np.random.get_state(),
         "torch": torch.get_rng_state(),
+        "device": torch.cuda.get_rng_state(),  # on a CPU the one above
         "tracker": _tracker().get_states(),
     }
 
@@ -57,6 +59,7 @@ def _random_states() -> dict[str, Any]:
 def _restore_random_states(states: dict[str, Any]) -> None:
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
+    torch.cuda.set_rng_state(states["device"])
     torch.set_rng_state(states["torch"])
     _tracker().set_states(states["tracker"])
 
@@ -72,8 +75,8 @@ def _model_state(state: LearnerState) -> dict[str, Any]:
 def _sharded_state(
     state: LearnerState, is_loading: bool, with_optimizer: bool, with_random_states: bool
 ) -> dict[str, Any]:
-    optimizer, scheduler = state.require_loaded(), state.scheduler
-    assert scheduler is not None
+    optimizer, scheduler = state.optimizer, state.scheduler
+    assert optimizer is not None and scheduler is not None
     model = _model_state(state)
     sharded: dict[str, Any] = {
         "model": model,
@@ -98,17 +101,19 @@ def _refuse_while_saving(state: LearnerState) -> None:
 
 def _plan(state: LearnerState, directory: Path) -> PlannedSave:
     """Who writes what; rank 0 has written the common part when it returns. Collective."""
+    state.require_loaded()
     _refuse_while_saving(state)
     if not directory.is_dir() or next(directory.iterdir(), None) is not None:
         raise CheckpointError(f"{directory}: save needs an existing empty directory")
     dist.barrier()  # every rank has looked before any rank writes
-    request = dist_checkpointing.save(
-        _sharded_state(state, is_loading=False, with_optimizer=True, with_random_states=True),
-        str(directory),
-        sharded_strategy=InProcessStrategy(),
-        async_sharded_save=True,
-        content_metadata=_metadata(),
-    )
+    with told_apart(directory, "can not be planned"):
+        request = dist_checkpointing.save(
+            _sharded_state(state, is_loading=False, with_optimizer=True, with_random_states=True),
+            str(directory),
+            sharded_strategy=InProcessStrategy(),
+            async_sharded_save=True,
+            content_metadata=_metadata(),
+        )
     assert request is not None
     return PlannedSave(request, directory)
 
@@ -175,19 +180,47 @@ def finish(state: LearnerState, wait: bool = False) -> int | None:
     return _make_durable(planned.directory)
 
 
+def load_weights(state: LearnerState, directory: Path) -> None:
+    """Replace the weights alone by a checkpoint's, to publish them: no optimizer is built. Collective.
+
+    Raises:
+        CheckpointError: not a checkpoint, damaged, or of another model.
+        StorageError: its disk fails.
+        ContractError: a save is not finished.
+    """
+    _refuse_while_saving(state)
+    _refuse_other_folder(directory)
+    state.optimizer = state.scheduler = None
+    with told_apart(directory, "can not be loaded"):
+        _take_weights(
+            state, dist_checkpointing.load({"model": _model_state(state)}, str(directory))
+        )
+
+
+def _refuse_other_folder(directory: Path) -> None:
+    if not (directory / "metadata.json").is_file():
+        raise CheckpointError(f"{directory}: not a checkpoint (no metadata.json)")
+
+
+def _take_weights(state: LearnerState, loaded: Any) -> None:
+    for number, module in enumerate(state.modules):
+        module.load_state_dict(loaded["model"][f"chunk{number}"])
+    state.has_weights = True
+
+
 def load(state: LearnerState, directory: Path) -> None:
     """Replace weights, optimizer, schedule and step counter by a checkpoint's. Collective.
 
     Raises:
         CheckpointError: not a checkpoint, damaged, or of another model or optimizer.
+        StorageError: its disk fails.
         ContractError: a save is not finished.
     """
     _refuse_while_saving(state)
-    if not (directory / "metadata.json").is_file():
-        raise CheckpointError(f"{directory}: not a checkpoint (no metadata.json)")
+    _refuse_other_folder(directory)
     state.fresh_optimizer()
     assert state.optimizer is not None and state.scheduler is not None
-    try:
+    with told_apart(directory, "can not be loaded"):
         common = dist_checkpointing.load_common_state_dict(str(directory))
         same_layout = common["layout"] == state.layout.as_mapping()
         same_kind = common["distributed_optimizer"] == state.recipe.learner.distributed_optimizer
@@ -198,16 +231,13 @@ def load(state: LearnerState, directory: Path) -> None:
             with_random_states=same_layout,
         )
         loaded: Any = dist_checkpointing.load(wanted, str(directory))
-        for number, module in enumerate(state.modules):
-            module.load_state_dict(loaded["model"][f"chunk{number}"])
+        _take_weights(state, loaded)
         if same_kind:
             state.optimizer.load_state_dict(loaded["optimizer"])
         else:
             load_other_kind(
                 state.optimizer, common["optimizer"], _model_state(state), _metadata(), directory
             )
-    except Exception as error:  # whatever damaged files raise inside torch or Megatron
-        raise CheckpointError(f"{directory}: can not be loaded: {error!r}") from error
     adamw_state.separate_steps(state.optimizer)
     state.scheduler.load_state_dict(loaded["scheduler"])
     state.optimizer_step = loaded["optimizer_step"]

@@ -25,6 +25,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from opd_megatron.errors import CheckpointError, StorageError
+from opd_megatron.megatron.checkpoint_errors import told_apart
 
 
 def _write_buckets(transforms: list[Any], buckets: list[Any], results: queue.Queue[Any]) -> None:
@@ -141,8 +142,9 @@ class PlannedSave:
         if not all(done for done, _ in answers):
             return False
         _raise_first([failure for _, failure in answers], self.directory)
-        for finalize in self._request.finalize_fns:
-            finalize()
+        with told_apart(self.directory, "can not be completed"):
+            for finalize in self._request.finalize_fns:
+                finalize()
         return True
 
     def _failure(self) -> tuple[bool, str] | None:

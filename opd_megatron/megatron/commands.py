@@ -1,6 +1,6 @@
 """What each mailbox command does. Every rank runs the same function; rank 0's result is sent.
 
-load         weights from a Hugging Face directory (fresh optimizer) or from a checkpoint
+load         weights from a Hugging Face directory (fresh optimizer), or a checkpoint, or its weights alone
 score        log-probs and entropies of a batch, written to a file
 compare      both KLs between the student and the teachers inside the learner, written to a file
 train        one optimizer step on a batch; per-token values written to a file
@@ -46,7 +46,7 @@ from opd_megatron.megatron.broadcast import (
 from opd_megatron.megatron.compare import compare
 from opd_megatron.megatron.publish import publish
 from opd_megatron.megatron.state import LearnerState
-from opd_megatron.megatron.step import entropy_of_rows, score, train
+from opd_megatron.megatron.step import score, train
 
 Command = dict[str, Any]
 Result = dict[str, Any]
@@ -67,8 +67,12 @@ def load(state: LearnerState, command: Command) -> Result:
         state.load_hf(path)
     elif command["source"] == "commit":
         checkpoint.load(state, path)
+    elif command["source"] == "weights":
+        checkpoint.load_weights(state, path)
     else:
-        raise ContractError(f"load: source {command['source']!r} is neither 'hf' nor 'commit'")
+        raise ContractError(
+            f"load: source {command['source']!r} is not 'hf', 'commit' or 'weights'"
+        )
     return {"parameters": state.num_parameters, "optimizer_step": state.optimizer_step}
 
 
@@ -91,9 +95,8 @@ def train_batch(state: LearnerState, command: Command) -> Result:
     batch = Path(command["batch"])
     index = read_index(batch)
     check_staleness(index, state.optimizer_step, state.recipe.max_staleness)
-    has_topk = LossSettings.of(state.recipe).teacher_topk > 0
-    whole = read_whole(batch, entropy_of=entropy_of_rows if has_topk else None)
-    result = train(state, index, _reader(batch), whole)
+    with_topk = LossSettings.of(state.recipe).teacher_topk > 0
+    result = train(state, index, _reader(batch), read_whole(batch, with_topk=with_topk))
     _write_values(Path(command["out"]), result.values)
     return {
         # A second update that was refused leaves the first one standing: the batch was trained on.
@@ -145,7 +148,7 @@ def _probe_logprobs(state: LearnerState, probe_tokens: list[list[int]]) -> list[
 
 
 def publish_weights(state: LearnerState, command: Command) -> Result:
-    state.require_loaded()
+    state.require_weights()
     probe_logprobs = _probe_logprobs(state, command["probe_tokens"])
     size, tensors = publish(
         state.modules,
@@ -160,7 +163,7 @@ def publish_weights(state: LearnerState, command: Command) -> Result:
 
 
 def offer_weights(state: LearnerState, command: Command) -> Result:
-    state.require_loaded()
+    state.require_weights()
     probe_logprobs = _probe_logprobs(state, command["probe_tokens"])
     described = describe_buckets(state, command["bucket_bytes"])
     return {**described, "probe_logprobs": probe_logprobs}

@@ -33,7 +33,7 @@ def compare(state: LearnerState, index: BatchIndex, read: ReadSamples) -> dict[s
     Raises:
         ContractError: a sample's teacher is not inside the learner.
     """
-    state.require_loaded()
+    state.require_weights()
     for sample_id, name in zip(index.sample_ids, index.teachers, strict=True):
         if not is_inside(name, state.teachers):
             raise ContractError(

@@ -109,11 +109,12 @@ def start_world(recipe: Recipe) -> LearnerState:
 
         check_gpu(recipe.learner, current_gpu())
     from opd_megatron.megatron import parallel
+    from opd_megatron.megatron.layout import layout_of
     from opd_megatron.megatron.state import build_state
 
     timeout_s = recipe.learner.step_timeout_s
     parallel.start_process_group(recipe.device, timeout_s)
-    layout = parallel.layout_of(recipe.learner)
+    layout = layout_of(recipe.learner)
     parallel.start_model_parallel(layout, recipe.seed, timeout_s)
     return build_state(recipe)
 

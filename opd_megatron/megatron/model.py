@@ -34,7 +34,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from opd_megatron.config.schema import LearnerConfig
 from opd_megatron.errors import ConfigError
 from opd_megatron.megatron.architecture import Architecture, check_layout
-from opd_megatron.megatron.parallel import layout_of
+from opd_megatron.megatron.layout import layout_of
 from opd_megatron.megatron.precision import fp8_settings
 
 # Of weights and activations outside FP8 kernels.

@@ -7,75 +7,15 @@ from __future__ import annotations
 
 import datetime
 import gc
-import math
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from opd_megatron.config.schema import LearnerConfig
 from opd_megatron.errors import ConfigError
-from opd_megatron.megatron.precision import token_alignment
-
-# A packed document is cut into 2 * cp pieces, the zig-zag split that balances causal attention.
-_ZIGZAG_PIECES = 2
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Sizes of the parallel dimensions."""
-
-    tp: int
-    pp: int
-    cp: int
-    dp: int
-    vpp: int = 1  # model chunks per pipeline stage
-    alignment: int = 1  # of the tokens of a rank, for FP8 kernels
-
-    @property
-    def document_multiple(self) -> int:
-        """Every packed document is padded to a multiple of this."""
-        return _ZIGZAG_PIECES * self.cp if self.cp > 1 else 1
-
-    @property
-    def token_multiple(self) -> int:
-        """Every micro-batch is padded to a multiple of this, so that SP and CP shards are even and
-        aligned."""
-        return math.lcm(self.document_multiple, self.cp * self.tp * self.alignment)
-
-    @property
-    def micro_batch_multiple(self) -> int:
-        """The interleaved schedule takes micro-batches in groups of this many."""
-        return self.pp if self.vpp > 1 else 1
-
-    def as_mapping(self) -> dict[str, int]:
-        """How weights lie on ranks."""
-        return {key: value for key, value in asdict(self).items() if key != "alignment"}
-
-
-def layout_of(learner: LearnerConfig) -> Layout:
-    """The layout a recipe asks for.
-
-    Raises:
-        ConfigError: sequence parallel without tensor parallel.
-    """
-    if learner.sequence_parallel and learner.tensor_parallel == 1:
-        raise ConfigError.of(
-            "learner.sequence_parallel",
-            True,
-            "needs learner.tensor_parallel > 1",
-            "set it to false or raise learner.tensor_parallel",
-        )
-    return Layout(
-        tp=learner.tensor_parallel,
-        pp=learner.pipeline_parallel,
-        cp=learner.context_parallel,
-        dp=learner.data_parallel,
-        vpp=learner.virtual_pipeline,
-        alignment=token_alignment(learner),
-    )
+from opd_megatron.megatron.layout import Layout
 
 
 def start_process_group(device: str, timeout_s: float) -> None:

@@ -20,10 +20,11 @@ from opd_megatron.megatron import hf
 from opd_megatron.megatron.architecture import Architecture, architecture_of, read_config
 from opd_megatron.megatron.checkpoint_writer import PlannedSave
 from opd_megatron.megatron.hf_names import hf_shapes
+from opd_megatron.megatron.layout import Layout, layout_of
 from opd_megatron.megatron.model import build_stage, transformer_config, wrap_data_parallel
 from opd_megatron.megatron.optimizer import build_optimizer, build_scheduler
 from opd_megatron.megatron.output_head import OutputHead, make_output_head
-from opd_megatron.megatron.parallel import Groups, Layout, current_groups, layout_of
+from opd_megatron.megatron.parallel import Groups, current_groups
 from opd_megatron.megatron.schedule import LearningRateSchedule
 from opd_megatron.megatron.server_group import ServerGroup
 from opd_megatron.megatron.teacher_model import InProcessTeacher, build_teacher
@@ -44,6 +45,7 @@ class LearnerState:
     head: OutputHead
     token_loss: TokenLoss
     teachers: dict[str, InProcessTeacher]  # those inside the learner
+    has_weights: bool = False
     optimizer: ChainedOptimizer | None = None
     scheduler: LearningRateSchedule | None = None
     optimizer_step: int = 0
@@ -65,14 +67,23 @@ class LearnerState:
         """Of the whole model, without vocabulary padding."""
         return sum(int(torch.Size(shape).numel()) for shape in hf_shapes(self.arch).values())
 
+    def require_weights(self) -> None:
+        """
+        Raises:
+            ContractError: nothing was loaded yet.
+        """
+        if not self.has_weights:
+            raise ContractError("the learner has no weights yet; send `load` first")
+
     def require_loaded(self) -> ChainedOptimizer:
         """The optimizer of loaded weights.
 
         Raises:
-            ContractError: nothing was loaded yet.
+            ContractError: nothing was loaded yet, or weights alone.
         """
+        self.require_weights()
         if self.optimizer is None:
-            raise ContractError("the learner has no weights yet; send `load` first")
+            raise ContractError("the learner has weights alone; send `load` with an optimizer")
         return self.optimizer
 
     def fresh_optimizer(self) -> None:
@@ -97,6 +108,7 @@ class LearnerState:
                 "load a model of the student's architecture",
             )
         hf.load(self.modules, arch, model_path, self.groups.tp)
+        self.has_weights = True
         self.fresh_optimizer()
 
 

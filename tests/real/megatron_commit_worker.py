@@ -39,6 +39,7 @@ from opd_megatron.config.schema import (
 )
 from opd_megatron.controller import commit
 from opd_megatron.megatron import checkpoint, cpu_shim, parallel
+from opd_megatron.megatron.layout import layout_of
 from opd_megatron.megatron.state import LearnerState, build_state
 
 KEEP = 2
@@ -70,7 +71,7 @@ def new_state(store: Path, recipe: Recipe, rank: int = 0) -> LearnerState:
     ranks = recipe.learner.world_size
     file = torch.distributed.FileStore(str(store), ranks)  # pyright: ignore[reportPrivateImportUsage]
     dist.init_process_group("gloo", store=file, rank=rank, world_size=ranks)
-    parallel.start_model_parallel(parallel.layout_of(recipe.learner), recipe.seed, 60)
+    parallel.start_model_parallel(layout_of(recipe.learner), recipe.seed, 60)
     return build_state(recipe)
 
 

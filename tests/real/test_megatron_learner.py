@@ -162,6 +162,7 @@ def _first_launch(work: Path, recipe: Recipe, results: dict[str, Any]) -> dict[s
     results["publish0"] = publish("v0")
     results["score"] = learner.ask("score", batch=str(work / "batch0"), out=str(work / "score0"))
     results["train0"], results["train1"] = train(0), train(1)
+    publish("v2")
     for name in ("commit", "commit_while_training"):
         (work / name).mkdir()
     results["save"] = learner.ask("save", directory=str(work / "commit"))
@@ -183,6 +184,8 @@ def _second_launch(
 ) -> tuple[dict[str, Any], int]:
     learner = start(work, recipe, "second")
     path = str(work / "commit_while_training")
+    learner.ask("load", source="weights", path=path)
+    learner.ask("publish", directory=str(work / "v2_alone"), version=2, probe_tokens=[[1, 2]])
     results["resume"] = learner.ask("load", source="commit", path=path)
     for i in (2, 3):
         results[f"resumed{i}"] = learner.ask(
@@ -230,7 +233,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
     ready = _first_launch(work, recipe, results)
     stale, exit_code = _second_launch(work, recipe, results)
     survivors = _ranks_left_after_kill(work, recipe)
-    names = ("v0", "v4", "v4_after_nan", "v4_resumed")
+    names = ("v0", "v2", "v2_alone", "v4", "v4_after_nan", "v4_resumed")
     yield Story(
         ready, results, {n: work / n for n in names}, samples, work, stale, exit_code, survivors
     )
@@ -328,6 +331,10 @@ def test_resume_continues_bitwise(story: Story) -> None:
         resumed, straight = story.results[f"resumed{i}"], story.results[f"train{i}"]
         assert resumed["metrics"] == straight["metrics"]
     assert _same_weights(story.published["v4"], story.published["v4_resumed"])
+
+
+def test_the_weights_of_a_commit_are_loaded_alone(story: Story) -> None:
+    assert _same_weights(story.published["v2"], story.published["v2_alone"])
 
 
 def test_a_save_beside_training_writes_what_one_that_waits_writes(story: Story) -> None:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from opd_megatron.config.schema import LearnerConfig, Recipe, StudentConfig
 from opd_megatron.lifeline import die_with_parent
 from opd_megatron.megatron import cpu_shim, parallel
+from opd_megatron.megatron.layout import layout_of
 from opd_megatron.megatron.learner import CommandLoop, _announce, serve
 from opd_megatron.megatron.state import build_state
 
@@ -40,7 +41,7 @@ def main() -> None:
     for name, layout in LAYOUTS.items():
         learner = LearnerConfig(precision="fp32", step_timeout_s=TIMEOUT_S, **layout)
         recipe = Recipe(device="cpu", student=StudentConfig(path=str(model)), learner=learner)
-        parallel.start_model_parallel(parallel.layout_of(learner), recipe.seed, TIMEOUT_S)
+        parallel.start_model_parallel(layout_of(learner), recipe.seed, TIMEOUT_S)
         state = build_state(recipe)
         loop = CommandLoop(work / name, group)
         _announce(state, loop.folder)
