@@ -1,6 +1,7 @@
-"""The GPUs of this machine as `nvidia-smi` lists them, so that `opd validate` needs no torch.
+"""Whether the GPUs can run the precision: those that the recipe's name says, and those of this machine. No torch.
 
-A login node has none: there nothing is checked, and each learner rank checks its own device before it loads weights.
+A login node has no GPU: there the name alone is checked, and each learner rank checks its own device before it loads
+weights.
 """
 
 from __future__ import annotations
@@ -8,8 +9,10 @@ from __future__ import annotations
 import shutil
 import subprocess
 
+from opd_megatron.config.recipe_facts import facts_of
 from opd_megatron.config.schema import Recipe
 from opd_megatron.errors import ConfigError
+from opd_megatron.launch.planner.hardware import DEVICES
 from opd_megatron.megatron.precision import Gpu, Version, check_gpu
 
 _QUERY = ("--query-gpu=name,compute_cap", "--format=csv,noheader")
@@ -42,6 +45,23 @@ def visible_gpus(cuda: Version | None = None) -> list[Gpu]:
         [program, *_QUERY], capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
     )
     return parse_gpus(found.stdout, cuda) if found.returncode == 0 else []
+
+
+def check_named_hardware(recipe: Recipe) -> None:
+    """Refuse a precision that the hardware in the recipe's name can not run; a name without any is let through.
+
+    Raises:
+        ConfigError: every reason.
+    """
+    device = DEVICES.get(facts_of(recipe).hardware)
+    if recipe.device != "cuda" or device is None or device.capability is None:
+        return
+    try:
+        check_gpu(recipe.learner, Gpu(device.name.upper(), device.capability, None))
+    except ConfigError as error:
+        raise ConfigError(
+            f"{error} (name={recipe.name!r} says {device.name}; for other GPUs, name the recipe after them)"
+        ) from None
 
 
 def check_precision(recipe: Recipe, gpus: list[Gpu]) -> None:

@@ -13,6 +13,7 @@ from opd_megatron.config.schema import Recipe, TeacherConfig
 from opd_megatron.errors import ConfigError
 from opd_megatron.eval.grading import make_grader
 from opd_megatron.launch.contracts import check_vocabulary_uses
+from opd_megatron.launch.gpus import check_named_hardware
 from opd_megatron.launch.loss_checks import check_loss
 from opd_megatron.launch.preflight import read_model_config
 from opd_megatron.megatron.architecture import (
@@ -22,6 +23,7 @@ from opd_megatron.megatron.architecture import (
     check_teacher,
 )
 from opd_megatron.megatron.known_models import PUBLISHED, KnownModel, known_model
+from opd_megatron.megatron.layout import check_micro_batch
 from opd_megatron.megatron.precision import fp8_settings
 from opd_megatron.teacher.routes import route_of
 
@@ -67,7 +69,9 @@ def check_offline(recipe: Recipe) -> list[str]:
     student = model_facts(recipe.student.path, "student.path")
     check_layout(student.architecture, recipe.learner)
     fp8_settings(student.architecture.num_layers, recipe.learner)
+    check_named_hardware(recipe)
     _check_context(student, "student.path", recipe)
+    check_micro_batch(recipe)
     check_vocabulary_uses(recipe, student.architecture.vocab_size)
     route_of(recipe, student.architecture.vocab_size)
     missing = [] if student.is_here else [student.name]

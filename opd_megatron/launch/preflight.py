@@ -19,10 +19,11 @@ from opd_megatron.errors import ConfigError, DataError
 from opd_megatron.eval.grading import make_grader
 from opd_megatron.launch.contracts import check_not_student, check_thinking, check_vocabulary_uses
 from opd_megatron.launch.doctor import package_folder, torch_cuda
-from opd_megatron.launch.gpus import check_precision, parse_cuda, visible_gpus
+from opd_megatron.launch.gpus import check_named_hardware, check_precision, parse_cuda, visible_gpus
 from opd_megatron.launch.loss_checks import check_aliases, check_environment, check_loss, check_task
 from opd_megatron.launch.teaching_checks import check_teaching
 from opd_megatron.megatron.architecture import architecture_of, check_layout, check_teacher
+from opd_megatron.megatron.layout import check_micro_batch
 from opd_megatron.megatron.precision import fp8_settings
 
 # The second is there in containers that see a device and not the host's /proc entries.
@@ -122,14 +123,16 @@ def check_learner(recipe: Recipe, here: bool = True) -> None:
         here: it will run on this machine. A login node's GPUs say nothing of those of the nodes.
 
     Raises:
-        ConfigError: as `architecture_of`, `check_layout`, `check_teacher`, `fp8_settings` and
-            `check_precision`.
+        ConfigError: as `architecture_of`, `check_layout`, `check_micro_batch`, `check_teacher`, `fp8_settings`,
+            `check_named_hardware` and `check_precision`.
     """
     student = Path(recipe.student.path)
     config = read_model_config(student, "student.path")
     arch = architecture_of(config, str(student / "config.json"))
     check_layout(arch, recipe.learner)
+    check_micro_batch(recipe)
     fp8_settings(arch.num_layers, recipe.learner)
+    check_named_hardware(recipe)
     for name, teacher in recipe.in_process_teachers.items():
         config = read_model_config(Path(teacher.path), f"teachers.{name}.path")
         own = architecture_of(config, str(Path(teacher.path) / "config.json"))

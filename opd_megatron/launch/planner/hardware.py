@@ -5,6 +5,7 @@ Peaks are dense (no sparsity). What a learner reaches is a published training th
     H100 SXM     https://www.nvidia.com/en-us/data-center/h100/
     H200 SXM     https://www.nvidia.com/en-us/data-center/h200/
     GB200 NVL72  https://www.nvidia.com/en-us/data-center/gb200-nvl72/, its figures for 72 GPUs divided by 72
+    capability   https://developer.nvidia.com/cuda-gpus
 
 Learner: FP8 (current scaling) and MXFP8 from the performance summary of Megatron-Bridge, container 25.11, Llama 3 8B on
 8 GPUs at 8,192 tokens (https://docs.nvidia.com/nemo/megatron-bridge/latest/performance-summary-archive.html). No bf16
@@ -50,7 +51,10 @@ class Overheads:
 
 @dataclass(frozen=True)
 class Device:
-    """One accelerator: FLOP/s, bytes, bytes/s. `training_flops`: reached by a learner, by precision."""
+    """One accelerator: FLOP/s, bytes, bytes/s. `training_flops`: reached by a learner, by precision.
+
+    `capability`: of its kernels, as CUDA counts; None for a CPU.
+    """
 
     name: str
     bf16_flops: float
@@ -60,6 +64,7 @@ class Device:
     gpus_per_node: int
     training_flops: dict[str, float]
     overheads: Overheads = field(default_factory=Overheads)
+    capability: tuple[int, int] | None = None
 
     @property
     def is_cpu(self) -> bool:
@@ -75,6 +80,7 @@ DEVICES = {
         nvlink=900e9,
         gpus_per_node=8,
         training_flops={"bf16": _BF16_FRACTION * 989e12, "fp8": 744e12},
+        capability=(9, 0),
     ),
     "h200": Device(
         "h200",
@@ -84,6 +90,7 @@ DEVICES = {
         nvlink=900e9,
         gpus_per_node=8,
         training_flops={"bf16": _BF16_FRACTION * 989e12, "fp8": 744e12},
+        capability=(9, 0),
     ),
     "gb200": Device(
         "gb200",
@@ -93,6 +100,7 @@ DEVICES = {
         nvlink=1.8e12,
         gpus_per_node=4,
         training_flops={"bf16": _BF16_FRACTION * 2.5e15, "fp8": 1622e12, "mxfp8": 1533e12},
+        capability=(10, 0),
     ),
     CPU: Device(
         CPU,

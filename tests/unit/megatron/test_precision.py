@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,18 @@ from typing import Any
 import pytest
 
 from opd_megatron.config.rules import problems
-from opd_megatron.config.schema import LearnerConfig, Recipe
+from opd_megatron.config.schema import (
+    BatchConfig,
+    DataConfig,
+    LearnerConfig,
+    Recipe,
+    RolloutConfig,
+)
 from opd_megatron.errors import ConfigError
-from opd_megatron.launch.gpus import check_precision, parse_cuda, parse_gpus
+from opd_megatron.launch.gpus import check_named_hardware, check_precision, parse_cuda, parse_gpus
 from opd_megatron.megatron.architecture import Architecture, architecture_of
+from opd_megatron.megatron.layout import check_micro_batch, layout_of
 from opd_megatron.megatron.model import transformer_config
-from opd_megatron.megatron.parallel import layout_of
 from opd_megatron.megatron.precision import FP8_RECIPES, Gpu, check_gpu, fp8_settings
 from opd_megatron.megatron.version import TESTED_VERSIONS, check_version
 
@@ -147,6 +154,16 @@ def test_validate_reads_the_gpus_of_this_machine_and_names_the_one_that_can_not(
         check_precision(recipe, gpus)
 
 
+def test_a_recipe_named_after_a_gpu_takes_no_precision_that_it_lacks() -> None:
+    """Where no GPU is, as on a login node."""
+    name = "qwen3_4b_base_from_qwen3_32b_32gpu_{}_mxfp8"
+    recipe = Recipe(device="cuda", name=name.format("gb200"), learner=fp8("mxfp8"))
+    check_named_hardware(recipe)
+    check_named_hardware(dataclasses.replace(recipe, name="my_recipe"))
+    with pytest.raises(ConfigError, match=r"H100 has compute capability 9\.0.* use one of .*h100"):
+        check_named_hardware(dataclasses.replace(recipe, name=name.format("h100")))
+
+
 @pytest.mark.parametrize(
     ("text", "cuda"), [("12.8", (12, 8)), ("13.0", (13, 0)), (None, None), ("", None)]
 )
@@ -174,6 +191,29 @@ def test_every_ranks_shard_of_a_micro_batch_is_aligned(recipe: str, tp: int, cp:
     assert rest == 0
     assert shard % FP8_RECIPES[recipe].alignment == 0
     assert layout.token_multiple % layout.document_multiple == 0
+
+
+@pytest.mark.parametrize(
+    ("learner", "needed"),
+    [
+        (LearnerConfig(), 899),
+        (LearnerConfig(tensor_parallel=4, context_parallel=2), 904),
+        (fp8("mxfp8", tensor_parallel=4, context_parallel=2), 1024),
+    ],
+)
+def test_a_micro_batch_that_the_longest_sample_overflows_once_it_is_aligned_is_refused_at_once(
+    learner: LearnerConfig, needed: int
+) -> None:
+    recipe = Recipe(
+        learner=learner,
+        data=DataConfig(max_prompt_tokens=400),
+        rollout=RolloutConfig(max_new_tokens=500),
+        batch=BatchConfig(tokens_per_microbatch=needed),
+    )
+    check_micro_batch(recipe)
+    smaller = dataclasses.replace(recipe, batch=BatchConfig(tokens_per_microbatch=needed - 1))
+    with pytest.raises(ConfigError, match=rf"raise it to at least {needed}$"):
+        check_micro_batch(smaller)
 
 
 @pytest.mark.parametrize(
