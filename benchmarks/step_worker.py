@@ -33,6 +33,7 @@ from opd_megatron.exchange.batch_file import read_batch, read_index
 from opd_megatron.megatron import cpu_shim, parallel, step
 from opd_megatron.megatron.commands import run_command
 from opd_megatron.megatron.forward import DeviceMicroBatch, pack_for_rank, to_device
+from opd_megatron.megatron.layout import layout_of
 from opd_megatron.megatron.optimizer import gradient_norm
 from opd_megatron.megatron.output_head import HIDDEN_MODES
 from opd_megatron.megatron.state import LearnerState, build_state
@@ -78,7 +79,7 @@ class Steps:
             lambda samples: read_batch(batch, samples),
             state.layout,
             state.groups,
-            state.recipe.batch.tokens_per_microbatch,
+            state.recipe.batch,
             state.arch.vocab_size,
         )
         self.num_microbatches = len(micro_batches)
@@ -106,8 +107,8 @@ class Steps:
         def forward_step(batches: Iterator[DeviceMicroBatch], module: torch.nn.Module) -> Any:
             batch = next(batches)
             output = module(
-                batch.tokens_1T,
-                batch.position_ids_1T,
+                batch.tokens_BS,
+                batch.position_ids_BS,
                 None,
                 labels=batch.target_ids_T[None],
                 packed_seq_params=batch.documents,
@@ -214,7 +215,7 @@ def _loaded(case: StepCase, work: Path) -> tuple[LearnerState, Steps, int, int]:
         torch.set_num_threads(1)
         cpu_shim.install()
     parallel.start_process_group(case.device, _TIMEOUT_S)
-    parallel.start_model_parallel(parallel.layout_of(recipe.learner), recipe.seed, _TIMEOUT_S)
+    parallel.start_model_parallel(layout_of(recipe.learner), recipe.seed, _TIMEOUT_S)
     give_back(case.device)
     baseline, code = resident_bytes(case.device), code_bytes(case.device)
     state = build_state(recipe)

@@ -126,7 +126,8 @@ def describe(recipe: Recipe) -> list[str]:
         f"batch {batch.prompts_per_step} prompts x {batch.rollouts_per_prompt} rollouts = "
         f"{batch.samples_per_step} samples a step, {recipe.steps} steps",
         f"samples of at most {recipe.data.max_prompt_tokens} + {recipe.max_response_tokens} tokens, "
-        f"{batch.tokens_per_microbatch} tokens a micro-batch",
+        f"{batch.tokens_per_microbatch} tokens a micro-batch"
+        + (", padded" if batch.padded else ""),
         f"learner {layout} = {learner.world_size} ranks, {learner.precision}, {recipe.device}",
         *(
             f"teacher {name} {_where(teacher)}"

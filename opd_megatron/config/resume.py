@@ -30,6 +30,7 @@ _MAY_CHANGE = (
     "data.train",
     "data.heldout",
     "batch.tokens_per_microbatch",
+    "batch.padded",
     "optimizer.decay_steps",  # the learner compares the whole curve
     "teaching.over_steps",  # together with `steps`, below
     "rollout.server.",

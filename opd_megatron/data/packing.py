@@ -11,9 +11,10 @@ Documents are laid end to end ("thd"); `cu_seqlens` holds their padded borders. 
 together is planned from lengths alone, so every rank computes the same plan: longest first into the
 emptiest bin, the number of bins a multiple of the data-parallel size. All micro-batches of a step
 have the same length T and all data-parallel ranks the same number of them; what is missing is
-filled with documents of zero mask. Samples without a response contribute nothing and are not
-packed. Samples that different models inside the learner score are packed apart, so that a model
-runs over its own micro-batches only.
+filled with documents of zero mask. In a padded batch every document is as long as the longest of the
+step and is a row. Samples without a response contribute nothing and are not packed. Samples that
+different models inside the learner score are packed apart, so that a model runs over its own
+micro-batches only.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ class MicroBatch:
     output_index_T: NDArray[np.int64]
     topk_ids_TK: NDArray[np.int64] | None
     topk_logprobs_TK: NDArray[np.float32] | None
+    row_length: int = 0  # of every row of a padded batch; 0: packed, one row
     number: int = 0  # among the micro-batches of its data-parallel rank
     scorer: str = ""  # the teacher inside the learner that its samples need, if any
 
@@ -106,6 +108,15 @@ def document_lengths(index: BatchIndex, document_multiple: int) -> list[int]:
             raise ContractError(f"sample {index.sample_ids[i]}: a response needs >= 1 prompt token")
         lengths.append(round_up(int(tokens) - 1, document_multiple) if response else 0)
     return lengths
+
+
+def as_rows(lengths: Sequence[int], multiple: int) -> tuple[list[int], int]:
+    """Documents of a padded batch: all as long as the longest, in a multiple of `multiple`; and that length.
+
+    With it as document multiple and token multiple, everything below makes rows of it.
+    """
+    row = round_up(max([1, *lengths]), multiple)
+    return [row if length else 0 for length in lengths], row
 
 
 def _fill_bins(lengths: Sequence[int], num_bins: int) -> tuple[list[list[int]], int]:

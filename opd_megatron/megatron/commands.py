@@ -46,7 +46,7 @@ from opd_megatron.megatron.broadcast import (
 from opd_megatron.megatron.compare import compare
 from opd_megatron.megatron.publish import publish
 from opd_megatron.megatron.state import LearnerState
-from opd_megatron.megatron.step import score, train
+from opd_megatron.megatron.step import entropy_of_rows, score, train
 
 Command = dict[str, Any]
 Result = dict[str, Any]
@@ -95,8 +95,9 @@ def train_batch(state: LearnerState, command: Command) -> Result:
     batch = Path(command["batch"])
     index = read_index(batch)
     check_staleness(index, state.optimizer_step, state.recipe.max_staleness)
-    with_topk = LossSettings.of(state.recipe).teacher_topk > 0
-    result = train(state, index, _reader(batch), read_whole(batch, with_topk=with_topk))
+    has_topk = LossSettings.of(state.recipe).teacher_topk > 0
+    whole = read_whole(batch, entropy_of=entropy_of_rows if has_topk else None)
+    result = train(state, index, _reader(batch), whole)
     _write_values(Path(command["out"]), result.values)
     return {
         # A second update that was refused leaves the first one standing: the batch was trained on.

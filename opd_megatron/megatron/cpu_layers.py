@@ -139,10 +139,7 @@ def packed_attention(
 
 
 class CoreAttention(MegatronModule):
-    """Causal grouped-query attention over packed documents (thd).
-
-    Also plain [S, B] batches, without context parallel.
-    """
+    """Causal grouped-query attention over packed documents (thd) or over a batch of rows ([S, B])."""
 
     def __init__(
         self,
@@ -179,11 +176,23 @@ class CoreAttention(MegatronModule):
     ) -> torch.Tensor:
         """query [T, heads, d] packed -> [T, heads * d]; [S, B, heads, d] -> [S, B, heads * d]."""
         cp_size = self.cp_group.size()
-        if packed_seq_params is None:
-            assert cp_size == 1, "context parallel needs packed documents"
-            q, k, v = (x.transpose(0, 1) for x in (query, key, value))
+        if packed_seq_params is not None:
+            borders = tuple(packed_seq_params.cu_seqlens_q.tolist())
+            return self._packed(query, key, value, borders)
+        length, rows = query.shape[:2]
+        q, k, v = (x.transpose(0, 1) for x in (query, key, value))
+        if cp_size == 1:
             return _causal(q, k, v, self.scale).transpose(0, 1).flatten(2)
-        borders = tuple(packed_seq_params.cu_seqlens_q.tolist())
+        # Rows are documents of one length.
+        borders = tuple(range(0, (rows + 1) * length * cp_size, length * cp_size))
+        out = self._packed(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), borders)
+        return out.unflatten(0, (rows, length)).transpose(0, 1)
+
+    def _packed(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, borders: tuple[int, ...]
+    ) -> torch.Tensor:
+        """This rank's part of documents with these borders: [T, heads, d] -> [T, heads * d]."""
+        cp_size = self.cp_group.size()
         if cp_size == 1:
             return packed_attention(query, key, value, borders, self.scale).flatten(1)
         packed_order, own_rows = _context_parallel_maps(borders, cp_size, self.cp_group.rank())

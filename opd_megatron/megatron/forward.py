@@ -1,8 +1,10 @@
-"""Packed micro-batches through the model: onto the device, through Megatron's schedule, and back.
+"""Micro-batches through the model: onto the device, through Megatron's schedule, and back.
 
 Every rank plans the same packing from the batch's offsets, reads its own samples only, and runs the
 same number of equally long micro-batches, so any schedule (none, 1F1B) can run them. Under context
 parallel a rank holds two zig-zag pieces of every document. Per-token results leave in batch order.
+
+The model sees [B, S]: one row of documents that lie end to end (thd), or, padded, a row a document.
 """
 
 from __future__ import annotations
@@ -17,8 +19,10 @@ import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from opd_megatron.config.schema import BatchConfig
 from opd_megatron.data.packing import (
     MicroBatch,
+    as_rows,
     context_parallel_rows,
     document_lengths,
     pack,
@@ -27,7 +31,8 @@ from opd_megatron.data.packing import (
 from opd_megatron.errors import ContractError
 from opd_megatron.exchange.batch_file import BatchIndex, BatchSlice
 from opd_megatron.exchange.beats import Mark, unwatched
-from opd_megatron.megatron.parallel import Groups, Layout
+from opd_megatron.megatron.layout import Layout
+from opd_megatron.megatron.parallel import Groups
 from opd_megatron.teacher.target import is_inside
 
 
@@ -46,11 +51,14 @@ MicroFunction = Callable[[torch.Tensor, "DeviceMicroBatch"], MicroResult]
 
 @dataclass(frozen=True)
 class DeviceMicroBatch:
-    """This rank's rows of a micro-batch. Suffix T: packed tokens of this context-parallel rank, K: teacher top-K."""
+    """This rank's part of a micro-batch. Suffix T: tokens of this context-parallel rank, row by row; K: teacher top-K.
 
-    tokens_1T: torch.Tensor
-    position_ids_1T: torch.Tensor
-    documents: PackedSeqParams
+    documents: None where every row is one.
+    """
+
+    tokens_BS: torch.Tensor
+    position_ids_BS: torch.Tensor
+    documents: PackedSeqParams | None
     target_ids_T: torch.Tensor
     behavior_logprobs_T: torch.Tensor
     teacher_logprobs_T: torch.Tensor
@@ -76,17 +84,10 @@ def to_device(micro: MicroBatch, groups: Groups, device: torch.device) -> Device
     def tensor(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array[rows])).to(device)
 
-    borders = torch.from_numpy(micro.cu_seqlens).to(device)
     return DeviceMicroBatch(
-        tokens_1T=tensor(micro.tokens_T)[None],
-        position_ids_1T=tensor(micro.position_ids_T)[None],
-        documents=PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=borders,
-            cu_seqlens_kv=borders,
-            max_seqlen_q=micro.max_document_length,
-            max_seqlen_kv=micro.max_document_length,
-        ),
+        tokens_BS=tensor(micro.tokens_T).view(_num_rows(micro), -1),
+        position_ids_BS=tensor(micro.position_ids_T).view(_num_rows(micro), -1),
+        documents=None if micro.row_length else _documents(micro, device),
         target_ids_T=tensor(micro.target_ids_T),
         behavior_logprobs_T=tensor(micro.behavior_logprobs_T),
         teacher_logprobs_T=tensor(micro.teacher_logprobs_T),
@@ -98,12 +99,27 @@ def to_device(micro: MicroBatch, groups: Groups, device: torch.device) -> Device
     )
 
 
+def _num_rows(micro: MicroBatch) -> int:
+    return micro.num_tokens // (micro.row_length or micro.num_tokens)
+
+
+def _documents(micro: MicroBatch, device: torch.device) -> PackedSeqParams:
+    borders = torch.from_numpy(micro.cu_seqlens).to(device)
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=borders,
+        cu_seqlens_kv=borders,
+        max_seqlen_q=micro.max_document_length,
+        max_seqlen_kv=micro.max_document_length,
+    )
+
+
 def pack_for_rank(
     index: BatchIndex,
     read: Callable[[Sequence[int]], BatchSlice],
     layout: Layout,
     groups: Groups,
-    tokens_per_microbatch: int,
+    settings: BatchConfig,
     vocab_size: int,
     in_process: Collection[str] = (),
 ) -> list[MicroBatch]:
@@ -116,13 +132,18 @@ def pack_for_rank(
         ConfigError: a sample is longer than a micro-batch.
         ContractError: a token is outside the vocabulary.
     """
-    lengths = document_lengths(index, layout.document_multiple)
+    document_multiple, token_multiple = layout.document_multiple, layout.token_multiple
+    lengths = document_lengths(index, document_multiple)
+    row_length = 0
+    if settings.padded:
+        lengths, row_length = as_rows(lengths, token_multiple)
+        document_multiple = token_multiple = row_length
     plan = plan_by_scorer(
         lengths,
         [name if is_inside(name, in_process) else "" for name in index.teachers],
         layout.dp,
-        tokens_per_microbatch,
-        layout.token_multiple,
+        settings.tokens_per_microbatch,
+        token_multiple,
         layout.micro_batch_multiple,
     )
     batch = read(plan.of_rank(groups.dp.rank()))
@@ -130,11 +151,11 @@ def pack_for_rank(
         if tokens.min() < 0 or tokens.max() >= vocab_size:
             raise ContractError(f"sample {sample_id}: a token is outside [0, {vocab_size})")
     packed = (
-        pack(batch, samples, index.response_offsets, plan.num_tokens, layout.document_multiple)
+        pack(batch, samples, index.response_offsets, plan.num_tokens, document_multiple)
         for samples in plan.samples[groups.dp.rank()]
     )
     return [
-        replace(micro, number=number, scorer=scorer)
+        replace(micro, row_length=row_length, number=number, scorer=scorer)
         for number, (micro, scorer) in enumerate(zip(packed, plan.scorers, strict=True))
     ]
 
@@ -158,6 +179,7 @@ def run_micro_batches(
     """
     device = next(models[0].parameters()).device
     is_interleaved = len(models) > 1
+    num_rows = _num_rows(micro_batches[0])
 
     def forward_step(
         batches: Iterator[MicroBatch], module: torch.nn.Module
@@ -166,7 +188,7 @@ def run_micro_batches(
         mark(f"micro-batch {micro.number + 1} of {len(micro_batches)}")
         batch = to_device(micro, groups, device)
         output = module(
-            batch.tokens_1T, batch.position_ids_1T, None, packed_seq_params=batch.documents
+            batch.tokens_BS, batch.position_ids_BS, None, packed_seq_params=batch.documents
         )
 
         def loss(output: torch.Tensor) -> Any:
@@ -186,8 +208,8 @@ def run_micro_batches(
             ),
             model=list(models) if is_interleaved else models[0],
             num_microbatches=len(micro_batches),
-            seq_length=micro_batches[0].num_tokens,
-            micro_batch_size=1,
+            seq_length=micro_batches[0].num_tokens // num_rows,
+            micro_batch_size=num_rows,
             forward_only=forward_only,
         )
     return outputs if groups.is_last_stage else []

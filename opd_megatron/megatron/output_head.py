@@ -7,12 +7,13 @@
     recompute   no logits are stored; backward makes them again, four matrix products
 
 In the last two the output layer hands its input through, and the weight's gradient goes straight into
-Megatron's float32 buffer. Every loss here is token-local once the batch is planned, so `chunked` is
-exact for all of them; what needs the logits themselves is refused: the student's own top-K in both,
-the divergence over the whole vocabulary in `recompute`.
+Megatron's float32 buffer; where Megatron reduces gradients while backward runs, it is told so. Every
+loss here is token-local once the batch is planned, so `chunked` is exact for all of them; what needs
+the logits themselves is refused: the student's own top-K in both, the divergence over the whole
+vocabulary in `recompute`.
 
-Shape suffixes: T tokens of this rank's micro-batch, S the same under sequence parallel (T / tp), H
-hidden, V vocabulary, J support ids.
+Shape suffixes: B rows of S tokens are the T tokens of this rank's micro-batch (B is 1 where documents lie end to
+end; under sequence parallel S is a tp-th of a row), H hidden, V vocabulary, J support ids.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
@@ -46,6 +48,7 @@ class OutputHead:
 
     Attributes:
         mode, backend: see the module docstring and `losses.fused.rows`.
+        overlaps_reduction: gradients are reduced while backward runs.
         weight: [V / tp, H] of the last micro-batch, set by the output layer in the hidden modes.
     """
 
@@ -54,6 +57,7 @@ class OutputHead:
     vocab_size: int
     groups: Groups
     sequence_parallel: bool
+    overlaps_reduction: bool = False
     weight: torch.Tensor | None = None
 
     def attach(self, module: GPTModel) -> None:
@@ -61,6 +65,9 @@ class OutputHead:
         if self.mode not in HIDDEN_MODES or not module.post_process:
             return
         layer: Any = module.output_layer
+        # A weight that is the embedding too has a gradient of its own from there.
+        if module.share_embeddings_and_output_weights and module.pre_process:
+            self.overlaps_reduction = False
 
         def hand_through(
             hidden: torch.Tensor, weight: torch.Tensor | None = None, **_: Any
@@ -82,7 +89,7 @@ class OutputHead:
         """The sum of a token-local loss and its second results, in order of rows.
 
         Args:
-            output: what the model returned, [1, T, V / tp] or [1, S, H].
+            output: what the model returned, [B, S, V / tp] or [B, S, H].
             token_loss: (statistics of some rows, which rows) -> (their sum, anything).
         """
         if self.mode == "chunked" and torch.is_grad_enabled():
@@ -98,7 +105,7 @@ class OutputHead:
                 group=self.groups.tp_or_none,
                 allow_nan=True,
                 backend=self.backend,
-                weight_main_grad=_main_grad(weight),
+                weight_main_grad=self._main_grad(),
                 reduce_hidden_grad=not self.sequence_parallel,
             )
         stats = self.stats(output, target_ids_T, support_ids_TJ, temperature)
@@ -115,8 +122,7 @@ class OutputHead:
         """Statistics of all rows, differentiable by the output."""
         if self.mode not in HIDDEN_MODES:
             return token_stats(
-                # A view: the backward of indexing would allocate the logits a second time.
-                output.squeeze(0),
+                _flat(output),
                 target_ids_T,
                 support_ids_TJ=support_ids_TJ,
                 vocab_size=self.vocab_size,
@@ -137,7 +143,7 @@ class OutputHead:
             group=self.groups.tp_or_none,
             allow_nan=True,
             backend=self.backend,
-            weight_main_grad=_main_grad(weight) if torch.is_grad_enabled() else None,
+            weight_main_grad=self._main_grad() if torch.is_grad_enabled() else None,
             reduce_hidden_grad=not self.sequence_parallel,
         )
 
@@ -171,7 +177,7 @@ class OutputHead:
                 group=self.groups.tp_or_none,
                 allow_nan=True,
                 backend=self.backend,
-                weight_main_grad=_main_grad(weight),
+                weight_main_grad=self._main_grad(),
                 reduce_hidden_grad=not self.sequence_parallel,
             )
         everything = slice(0, len(target_ids_T))
@@ -194,7 +200,7 @@ class OutputHead:
     def _logits(self, output: torch.Tensor) -> torch.Tensor:
         """[T, V / tp] of all rows; the hidden modes make them where no gradient is wanted."""
         if self.mode not in HIDDEN_MODES:
-            return output.squeeze(0)
+            return _flat(output)
         assert not torch.is_grad_enabled(), "loss_checks.py refuses this combination"
         hidden_TH, weight = self._hidden(output)
         return hidden_TH @ weight.T
@@ -203,24 +209,61 @@ class OutputHead:
         """[T, k] ids of the student's most likely tokens; the modes with logits only."""
         assert self.mode not in HIDDEN_MODES, "rules.py refuses this combination"
         return vocab_topk(
-            output.squeeze(0), k, vocab_size=self.vocab_size, group=self.groups.tp_or_none
+            _flat(output), k, vocab_size=self.vocab_size, group=self.groups.tp_or_none
         )
 
-    def _hidden(self, output_1SH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _hidden(self, output_BSH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         assert self.weight is not None, "the output layer ran before"
-        hidden_SH = output_1SH.squeeze(0)
-        if not self.sequence_parallel:
-            return hidden_SH, self.weight
-        # Its backward is a reduce-scatter: each rank's gradient is a part of the sum.
-        hidden_TH = gather_from_sequence_parallel_region(
-            hidden_SH, tensor_parallel_output_grad=True, group=self.groups.tp
-        )
-        return hidden_TH, self.weight
+        weight = self.weight
+        if self.overlaps_reduction and torch.is_grad_enabled():
+            weight = _InMainGrad.apply(weight)
+        return hidden_rows(output_BSH, self.groups.tp if self.sequence_parallel else None), weight
+
+    def _main_grad(self) -> torch.Tensor:
+        """Megatron's float32 gradient of the weight, which its data-parallel reduction reads."""
+        return self.weight.main_grad  # type: ignore[union-attr, no-any-return]
 
 
-def _main_grad(weight: torch.Tensor) -> torch.Tensor:
-    """Megatron's float32 gradient of a weight, which its data-parallel reduction reads."""
-    return weight.main_grad  # type: ignore[attr-defined, no-any-return]
+def _flat(output_BSV: torch.Tensor) -> torch.Tensor:
+    """[T, V]: a view, the backward of indexing would allocate the logits a second time."""
+    return output_BSV.flatten(0, 1)
+
+
+def hidden_rows(
+    output_BSH: torch.Tensor, sequence_parallel: dist.ProcessGroup | None
+) -> torch.Tensor:
+    """[T, H] of what a handed-through output layer got, gathered over the ranks among which each row is cut.
+
+    The backward of gathering is a reduce-scatter: each rank's gradient is a part of the sum.
+    """
+    if sequence_parallel is None:
+        return _flat(output_BSH)
+    gathered_SBH = gather_from_sequence_parallel_region(
+        output_BSH.transpose(0, 1).contiguous(),
+        tensor_parallel_output_grad=True,
+        group=sequence_parallel,
+    )
+    return _flat(gathered_SBH.transpose(0, 1))
+
+
+class _InMainGrad(torch.autograd.Function):
+    """The weight itself; backward tells Megatron that its gradient is in `main_grad` already.
+
+    Megatron's hook, which reduces gradients while backward runs, refuses a weight without a gradient. The one that it
+    gets here is a zero that takes no memory, and is not added (`grad_added_to_main_grad`).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: torch.Tensor) -> torch.Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.weight = weight
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> None:
+        weight: Any = ctx.weight
+        weight.grad = weight.new_zeros(()).expand_as(weight)
+        weight.grad_added_to_main_grad = True
 
 
 def make_output_head(
@@ -233,6 +276,8 @@ def make_output_head(
         vocab_size=vocab_size,
         groups=groups,
         sequence_parallel=learner.sequence_parallel,
+        # Both overlap, or neither (model.py).
+        overlaps_reduction=learner.overlap_param_gather,
     )
     head.attach(modules[-1])
     return head

@@ -81,7 +81,7 @@ def entropy_of_rows(topk_logprobs_NK: NDArray[np.float32]) -> NDArray[np.float32
 
 def score(state: LearnerState, index: BatchIndex, read: ReadSamples, temperature: float) -> Values:
     """Log-probs and entropies of all response tokens, [sum L] float32 each."""
-    state.require_loaded()
+    state.require_weights()
     return _score(state, index, packed_batch(state, index, read), temperature)
 
 
@@ -248,7 +248,7 @@ def packed_batch(state: LearnerState, index: BatchIndex, read: ReadSamples) -> l
         read,
         state.layout,
         state.groups,
-        state.recipe.batch.tokens_per_microbatch,
+        state.recipe.batch,
         state.arch.vocab_size,
         state.teachers,
     )

@@ -10,8 +10,8 @@ With `offload` the weights live in host memory, pinned on CUDA, and are on the d
 so the host copy is made once and leaving costs nothing but the free. The output weight is the
 exception: a `TeacherHead` that is still held keeps that one tensor on the device.
 
-Shape suffixes: T tokens of this rank's micro-batch, S the same under sequence parallel (T / tp), C
-rows of a chunk, H hidden, V vocabulary.
+Shape suffixes: T tokens of this rank's micro-batch, B rows and S tokens of what the model returns
+(output_head.py), C tokens of a chunk, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
 from opd_megatron.config.schema import Recipe
 from opd_megatron.losses.fused.head import chunk_rows
@@ -39,6 +38,7 @@ from opd_megatron.megatron.architecture import (
     read_config,
 )
 from opd_megatron.megatron.model import build_stage, transformer_config
+from opd_megatron.megatron.output_head import hidden_rows
 from opd_megatron.megatron.parallel import Groups
 from opd_megatron.teacher.aliases import aliases_of
 
@@ -64,11 +64,9 @@ class TeacherHead:
         """Rows of which logits are made at once."""
         return chunk_rows(self.weight_VH, None)
 
-    def gathered(self, hidden_SH: torch.Tensor) -> torch.Tensor:
+    def gathered(self, hidden_BSH: torch.Tensor) -> torch.Tensor:
         """[T, H] of all sequence-parallel ranks."""
-        if not self.sequence_parallel:
-            return hidden_SH
-        return gather_from_sequence_parallel_region(hidden_SH, group=self.groups.tp)
+        return hidden_rows(hidden_BSH, self.groups.tp if self.sequence_parallel else None)
 
     @torch.no_grad()
     def logits(self, hidden_TH: torch.Tensor) -> LocalLogits:

@@ -1,7 +1,7 @@
 """The teachers inside the learner over a batch: what the plan needs now, and what the loss needs later.
 
     per teacher     weights onto the device -> forward schedule over its own micro-batches -> off
-      last stage    log-prob of the sampled token and entropy, kept; hidden states [S, H] kept if the
+      last stage    log-prob of the sampled token and entropy, kept; hidden states kept if the
                     loss looks at a support or at the whole vocabulary, or if the teacher is one of a mean
     per mean        log-prob and entropy of the mean, from the hidden states of its members
     once            sampled log-probs and entropies of the whole batch on every rank, in batch order
@@ -44,7 +44,7 @@ _NAMES = ("teacher_logprobs", "teacher_entropy")
 class KeptTeachers:
     """On the last pipeline stage: hidden states by micro-batch and teacher, heads by teacher."""
 
-    hidden_SH: dict[tuple[int, str], torch.Tensor] = field(
+    hidden_BSH: dict[tuple[int, str], torch.Tensor] = field(
         default_factory=dict[tuple[int, str], torch.Tensor]
     )
     heads: dict[str, TeacherHead] = field(default_factory=dict[str, TeacherHead])
@@ -54,7 +54,7 @@ class KeptTeachers:
         target = Target.parse(batch.scorer)
         heads = tuple(self.heads[name] for name in target.members)
         hidden = [
-            head.gathered(self.hidden_SH[batch.number, name])
+            head.gathered(self.hidden_BSH[batch.number, name])
             for name, head in zip(target.members, heads, strict=True)
         ]
         if not target.mean:
@@ -62,7 +62,7 @@ class KeptTeachers:
         return MixedHead(target, heads), torch.cat(hidden, dim=1)
 
     def forget(self) -> None:
-        self.hidden_SH.clear()
+        self.hidden_BSH.clear()
         self.heads.clear()
 
 
@@ -150,17 +150,16 @@ def _forward(
 ) -> list[MicroOutput]:
     """One teacher over the micro-batches that ask it; those of a mean are noted in `means` and have no values yet."""
 
-    def look(output_1SH: torch.Tensor, batch: DeviceMicroBatch) -> MicroResult:
-        hidden_SH = output_1SH.squeeze(0)
+    def look(output_BSH: torch.Tensor, batch: DeviceMicroBatch) -> MicroResult:
         head = dataclasses.replace(teacher.head, temperature=temperature)
         is_mean = batch.scorer != teacher.name
         if keep_hidden or is_mean:
             kept.heads[teacher.name] = head
-            kept.hidden_SH[batch.number, teacher.name] = hidden_SH
+            kept.hidden_BSH[batch.number, teacher.name] = output_BSH
         if is_mean:
             means[batch.number] = batch
-        values = {} if is_mean else _values(head, head.gathered(hidden_SH), batch)
-        return MicroResult(hidden_SH.new_zeros(()), (batch.output_index_T >= 0).sum(), values)
+        values = {} if is_mean else _values(head, head.gathered(output_BSH), batch)
+        return MicroResult(output_BSH.new_zeros(()), (batch.output_index_T >= 0).sum(), values)
 
     with teacher.on_device():
         outputs = run_micro_batches(

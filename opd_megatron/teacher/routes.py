@@ -5,7 +5,8 @@ the student's choice of tokens, or those of other teachers, take one of three ro
 
     whole        top-V: the whole distribution, exact, V entries a position
     listed       top-K, then the missing tokens in a second request, a piece of `piece` positions at a time, so that
-                 one list has at most `piece` * J tokens; exact; a prefill (from the prefix cache) for every piece
+                 one list has at most `piece` * J tokens; exact; a prefill (from the prefix cache) for every piece. Its
+                 length is the cheapest one that was measured
     larger_topk  a larger top-K; tokens that are not in it are left out of the support, and counted
 
 The bytes of an entry are those of SGLang 0.5.23 (`benchmarks/transport.py`). `auto` takes the exact route that is
@@ -30,6 +31,9 @@ BYTES_PER_LISTED_ENTRY = 30
 # Below it every position is a request of its own.
 _SMALLEST_PIECE = 2
 _LARGEST_PIECE = 64
+# Entries of one list beyond which a larger piece costs more (to send and read) than it saves (requests); measured on a
+# CPU, docs/decisions/0022-routes-for-other-tokens.md.
+_BEST_ENTRIES = 256
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,8 @@ def choose_route(
     if wanted == 0 or topk >= vocab_size:
         return Route("topk", min(topk, vocab_size), 0, own)
     per_position = BYTES_PER_LISTED_ENTRY * wanted
-    piece = min(_LARGEST_PIECE, (bytes_per_token - own) // per_position)
+    cheapest = max(_SMALLEST_PIECE, _BEST_ENTRIES // wanted)
+    piece = min(_LARGEST_PIECE, cheapest, (bytes_per_token - own) // per_position)
     fitting = (bytes_per_token - BYTES_PER_TOKEN) // BYTES_PER_TOPK_ENTRY
     whole = Route("whole", vocab_size, 0, _topk_bytes(vocab_size))
     if name == "whole" or (name == "auto" and whole.bytes_per_token <= bytes_per_token):

@@ -1,7 +1,8 @@
 """Which layouts, batches and objectives the learner is compared in. Imports no torch.
 
-Every case is run with every objective. The batches: uneven documents with an empty response, then one sample alone, so
-that all data-parallel ranks but one have no token.
+Every case is run with every objective. The batches: uneven documents with an empty response, in one micro-batch a rank
+or in several; then one sample alone, so that all data-parallel ranks but one have no token, and some context-parallel
+ranks none that counts: its response is short and lies in few pieces of the document.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ VOCAB = 259  # odd, so that padded columns and an uneven last shard exist
 TOPK = 8
 LENGTHS = [
     [(3, 9), (5, 1), (2, 20), (7, 0), (1, 14), (4, 4), (9, 17), (2, 2), (6, 11), (3, 0)],
-    [(4, 12)],
+    [(13, 3)],
 ]
 
 # One line per objective, and how many of the teacher's tokens its batches carry; its reference is the function of that
@@ -32,21 +33,27 @@ OBJECTIVES = {
 
 @dataclass(frozen=True)
 class Case:
-    """A layout of the learner and of the batch.
+    """A student, a layout of the learner and of the batch.
 
-    `document_multiple`: every document is filled up to a multiple of this, a padded batch rather than a packed one.
     `alignment`: of the tokens of a rank, as FP8 kernels want it.
     """
 
     learner: dict[str, Any] = field(default_factory=dict[str, Any])
     tied: bool = False
+    family: str = "qwen3"
     tokens_per_microbatch: int = 64
-    document_multiple: int = 1
+    padded: bool = False
     alignment: int = 1
 
 
 def _case(
-    *, tied: bool = False, tokens: int = 64, padded: int = 1, aligned: int = 1, **keys: Any
+    *,
+    tied: bool = False,
+    family: str = "qwen3",
+    tokens: int = 64,
+    padded: bool = False,
+    aligned: int = 1,
+    **keys: Any,
 ) -> Case:
     names = {
         "tp": "tensor_parallel",
@@ -58,56 +65,67 @@ def _case(
         "overlap": "overlap_param_gather",
     }
     learner = {names.get(key, key): value for key, value in keys.items()}
-    return Case(learner, tied, tokens, padded, aligned)
+    return Case(learner, tied, family, tokens, padded, aligned)
 
 
 CASES = {
-    1: {"one_process": _case(), "one_process_tied_recompute": _case(tied=True, recompute=True)},
+    1: {
+        "one_process": _case(),
+        "one_process_tied_recompute": _case(tied=True, recompute=True),
+        "one_process_qwen2_tied": _case(tied=True, family="qwen2"),
+        "one_process_llama": _case(family="llama"),
+    },
     2: {
         "dp2": _case(),
         "dp2_tied_one_micro_batch": _case(tied=True, tokens=256),
-        "dp2_distributed_optimizer": _case(do=True),
-        "dp2_overlapped_gather": _case(do=True, overlap=True),
-        "dp2_padded_tied": _case(tied=True, padded=32),
+        "dp2_distributed_optimizer": _case(do=True, tokens=32),
+        "dp2_overlapped_gather": _case(do=True, overlap=True, tokens=32),
+        "dp2_padded_tied": _case(tied=True, padded=True),
         "tp2": _case(tp=2),
         "tp2_tied_distributed_optimizer": _case(tp=2, do=True, tied=True),
-        "tp2_sp": _case(tp=2, sp=True),
+        "tp2_sp_qwen2": _case(tp=2, sp=True, family="qwen2"),
         "tp2_sp_recompute_tied": _case(tp=2, sp=True, recompute=True, tied=True),
-        "tp2_sp_padded_aligned": _case(tp=2, sp=True, padded=16, aligned=16),
-        "pp2": _case(pp=2),
+        "tp2_sp_padded_aligned": _case(tp=2, sp=True, padded=True, aligned=16),
+        "pp2": _case(pp=2, tokens=32),
         "pp2_recompute_tied": _case(pp=2, recompute=True, tied=True),
-        "pp2_interleaved": _case(pp=2, vpp=2),
+        "pp2_interleaved": _case(pp=2, vpp=2, tokens=32),
         "pp2_interleaved_tied": _case(pp=2, vpp=2, tied=True),
-        "pp2_interleaved_recompute_padded": _case(pp=2, vpp=2, recompute=True, padded=32),
-        "cp2": _case(cp=2),
+        "pp2_interleaved_recompute_padded": _case(pp=2, vpp=2, recompute=True, padded=True),
+        "cp2_llama": _case(cp=2, family="llama"),
         "cp2_tied_distributed_optimizer": _case(cp=2, do=True, tied=True),
-        "cp2_padded_recompute": _case(cp=2, padded=32, recompute=True),
+        "cp2_padded_recompute": _case(cp=2, padded=True, recompute=True),
         # The modes of the loss; every other case has the gradient written over the logits.
-        "dp2_stored_logits": _case(loss_mode="stored"),
+        "dp2_stored_logits_qwen2": _case(loss_mode="stored", family="qwen2"),
         "dp2_chunked_loss_tied": _case(loss_mode="chunked", tied=True),
+        "dp2_overlapped_chunked_loss": _case(loss_mode="chunked", do=True, overlap=True, tokens=32),
         "tp2_chunked_loss": _case(tp=2, loss_mode="chunked"),
-        "tp2_sp_chunked_loss_tied": _case(tp=2, sp=True, loss_mode="chunked", tied=True),
+        "tp2_sp_padded_chunked_loss_tied": _case(
+            tp=2, sp=True, padded=True, loss_mode="chunked", tied=True
+        ),
         "tp2_sp_recomputed_logits": _case(tp=2, sp=True, loss_mode="recompute"),
         "pp2_recomputed_logits_tied": _case(pp=2, loss_mode="recompute", tied=True),
         "pp2_interleaved_chunked_loss": _case(pp=2, vpp=2, loss_mode="chunked"),
     },
     4: {
         "dp4_tied": _case(tied=True),
-        "dp4_distributed_optimizer": _case(do=True),
+        "dp4_distributed_optimizer": _case(do=True, tokens=25),
         "tp2_dp2_sp_distributed_optimizer": _case(tp=2, sp=True, do=True),
         "tp2_pp2_tied": _case(tp=2, pp=2, tied=True),
-        "tp2_pp2_sp": _case(tp=2, pp=2, sp=True),
+        "tp2_pp2_sp_qwen2": _case(tp=2, pp=2, sp=True, family="qwen2"),
         "tp2_pp2_sp_interleaved_tied": _case(tp=2, pp=2, vpp=2, sp=True, tied=True),
         "tp2_cp2_sp": _case(tp=2, cp=2, sp=True),
-        "tp2_cp2_tied_padded": _case(tp=2, cp=2, tied=True, padded=16),
-        "pp2_cp2": _case(pp=2, cp=2),
+        "tp2_cp2_tied_padded": _case(tp=2, cp=2, tied=True, padded=True),
+        "pp2_cp2_llama": _case(pp=2, cp=2, family="llama"),
         "pp2_cp2_interleaved_recompute": _case(pp=2, vpp=2, cp=2, recompute=True),
         "pp2_dp2_tied_distributed_optimizer": _case(pp=2, do=True, tied=True),
         "pp2_dp2_interleaved_distributed_optimizer": _case(pp=2, vpp=2, do=True),
         "pp2_dp2_interleaved_overlapped_gather": _case(pp=2, vpp=2, do=True, overlap=True),
+        "pp2_dp2_overlapped_recomputed_logits_tied": _case(
+            pp=2, do=True, overlap=True, loss_mode="recompute", tied=True, tokens=32
+        ),
         "cp2_dp2_distributed_optimizer": _case(cp=2, do=True),
         "cp4_tied": _case(cp=4, tied=True),
-        "pp4": _case(pp=4),
+        "pp4": _case(pp=4, tokens=25),
     },
 }
 

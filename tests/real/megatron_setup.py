@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
-import math
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +19,12 @@ from megatron_reference import CORRECTION, OPTIMIZER
 from opd_megatron.config.schema import BatchConfig, LearnerConfig, Recipe, StudentConfig
 from opd_megatron.exchange.batch_file import read_batch, read_index, read_whole
 from opd_megatron.megatron import cpu_shim, hf, parallel
+from opd_megatron.megatron.layout import Layout, layout_of
 from opd_megatron.megatron.state import LearnerState, build_state
 from opd_megatron.megatron.step import StepResult, entropy_of_rows, train
 
 WORLD_TIMEOUT_S = 120.0
-_layouts: list[parallel.Layout] = []  # those whose groups were built; the last one's are there
-
-
-@dataclass(frozen=True)
-class FilledLayout(parallel.Layout):
-    """A layout whose documents are filled up to a multiple: a padded batch."""
-
-    fill: int = 1
-
-    @property
-    def document_multiple(self) -> int:
-        return math.lcm(self.fill, super().document_multiple)
+_layouts: list[Layout] = []  # those whose groups were built; the last one's are there
 
 
 def recipe_for(
@@ -52,7 +40,7 @@ def recipe_for(
         objective=OBJECTIVES[objective][0],
         optimizer=OPTIMIZER,
         correction=CORRECTION,
-        batch=BatchConfig(tokens_per_microbatch=case.tokens_per_microbatch),
+        batch=BatchConfig(tokens_per_microbatch=case.tokens_per_microbatch, padded=case.padded),
         learner=LearnerConfig(
             precision=precision, data_parallel=dist.get_world_size() // used, **case.learner
         ),
@@ -61,14 +49,13 @@ def recipe_for(
 
 def new_state(recipe: Recipe, case: Case | None = None) -> LearnerState:
     """Model of a layout, on new groups unless the previous case had the same layout."""
-    layout = parallel.layout_of(recipe.learner)
+    layout = layout_of(recipe.learner)
     if _layouts[-1:] != [layout]:
         parallel.start_model_parallel(layout, recipe.seed, WORLD_TIMEOUT_S)
         _layouts.append(layout)
     state = build_state(recipe)
     if case is not None:
-        settings = dataclasses.asdict(layout) | {"alignment": case.alignment}
-        state.layout = FilledLayout(**settings, fill=case.document_multiple)
+        state.layout = dataclasses.replace(layout, alignment=case.alignment)
     return state
 
 

@@ -130,6 +130,43 @@ def build(path: Path, **learner: Any) -> dict[str, Any]:
     }
 
 
+def shards_of_two_ranks(path: Path) -> dict[str, list[str]]:
+    """The second of two tensor-parallel ranks, in a world that is played: parameters that are not as large as what is
+    read for them, and units that it lacks. The process group of before must have ended.
+    """
+    from megatron.core import parallel_state
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from opd_megatron.config.schema import LearnerConfig
+    from opd_megatron.megatron import hf
+    from opd_megatron.megatron.architecture import architecture_of, read_config
+    from opd_megatron.megatron.hf_names import units
+    from opd_megatron.megatron.model import build_stage, transformer_config
+    from opd_megatron.megatron.parallel import current_groups
+    from opd_megatron.megatron.safetensors_files import ModelWeights
+
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
+    parallel_state.initialize_model_parallel(2, create_gloo_process_groups=False)
+    arch = architecture_of(read_config(path))
+    learner = LearnerConfig(precision="bf16", tensor_parallel=2, sequence_parallel=True)
+    transformer = transformer_config(arch, learner, "cuda")
+    transformer.use_cpu_initialization = True
+    with pretended_gpu():
+        modules = build_stage(arch, transformer, learner, "cuda")
+    weights, tp = ModelWeights(path), current_groups().tp
+    held = hf.local_parameters(modules, arch)
+    shards = [hf.read_shard(weights, unit, arch, tp.size(), tp.rank()) for unit, _ in held]
+    differ = [
+        f"{unit.hf}: {list(shard.shape)} into {list(parameter.shape)}"
+        for (unit, parameter), shard in zip(held, shards, strict=True)
+        if shard.shape != parameter.shape
+    ]
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+    names = {unit.hf for unit, _ in held}
+    return {"differ": differ, "missing": [str(u.hf) for u in units(arch) if u.hf not in names]}
+
+
 def devices_differ_in(path: Path) -> list[str]:
     """Settings of Megatron's configuration that depend on the device."""
     from opd_megatron.config.schema import LearnerConfig
@@ -173,6 +210,10 @@ def main() -> None:
     adam = getattr(importlib.import_module("megatron.core.optimizer"), "Adam")  # noqa: B009
     results["optimizer"] = {"class": f"{adam.__module__}.{adam.__qualname__}"}
     results["devices"] = {"differ": devices_differ_in(work / "llama")}
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+    for name in families:
+        results[f"{name}-two-ranks"] = shards_of_two_ranks(work / name)
     (work / "te.json").write_text(json.dumps(results, indent=1))
 
 

@@ -48,7 +48,7 @@ LAYOUTS = {
     "dp2": Case(),
     "tp2_sp": Case({"tensor_parallel": 2, "sequence_parallel": True}),
     "tp2_chunked_loss": Case({"tensor_parallel": 2, "loss_mode": "chunked"}),
-    "pp2": Case({"pipeline_parallel": 2}),
+    "pp2": Case({"pipeline_parallel": 2}, padded=True),
     "pp2_interleaved": Case({"pipeline_parallel": 2, "virtual_pipeline": 2}),
     "cp2": Case({"context_parallel": 2}),
 }

@@ -7,7 +7,9 @@ Rank 0 holds the reference and writes WORK_DIRECTORY/<what>.json: per case the d
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,29 +29,42 @@ from megatron_setup import (
 )
 from megatron_tiny import write_model, write_samples
 
+from opd_megatron.exchange.batch_file import read_batch, read_index
 from opd_megatron.megatron import checkpoint, hf
+from opd_megatron.megatron.forward import to_device
 from opd_megatron.megatron.state import LearnerState
-from opd_megatron.megatron.step import StepResult
+from opd_megatron.megatron.step import StepResult, packed_batch
 from opd_megatron.types import Sample
 
 # ---------------------------------------------------------------- layouts
 
 
+Student = tuple[str, bool]
+QWEN3, QWEN3_TIED = ("qwen3", False), ("qwen3", True)
+
+
 @dataclass(frozen=True)
 class Inputs:
-    """Batch files and (on rank 0) their samples by objective; models by whether embeddings are tied."""
+    """Batch files and (on rank 0) their samples by objective; models by family and whether embeddings are tied."""
 
     batches: dict[str, list[Path]]
     samples: dict[str, list[list[Sample]]]
-    models: dict[bool, Path]
+    models: dict[Student, Path]
 
 
-def write_inputs(work: Path) -> Inputs:
+def student_of(case: Case) -> Student:
+    return case.family, case.tied
+
+
+def write_inputs(work: Path, students: Iterable[Student]) -> Inputs:
     """Write all of them on rank 0."""
     batches = {
         name: [work / f"{name}{i}.safetensors" for i in range(len(LENGTHS))] for name in OBJECTIVES
     }
-    models = {False: work / "untied", True: work / "tied"}
+    models = {
+        (family, tied): work / f"{family}{'_tied' if tied else ''}"
+        for family, tied in sorted(set(students))
+    }
     samples: dict[str, list[list[Sample]]] = {}
     if dist.get_rank() == 0:
         for name, (_, topk) in OBJECTIVES.items():
@@ -57,18 +72,32 @@ def write_inputs(work: Path) -> Inputs:
                 write_samples(path, lengths, VOCAB, seed=i, topk=topk)
                 for i, (path, lengths) in enumerate(zip(batches[name], LENGTHS, strict=True))
             ]
-        for tied, path in models.items():
-            write_model(path, tied=tied, vocab_size=VOCAB)
+        for (family, tied), path in models.items():
+            write_model(path, family, tied, vocab_size=VOCAB)
     dist.barrier()
     return Inputs(batches, samples, models)
 
 
+def loads(state: LearnerState, batches: list[Path]) -> dict[str, list[int]]:
+    """Of each batch: micro-batches of a rank, and how many tokens count on the rank that has least."""
+    micro_batches, least = [], []
+    for path in batches:
+        packed = packed_batch(state, read_index(path), functools.partial(read_batch, path))
+        mine = [to_device(micro, state.groups, state.device).output_index_T for micro in packed]
+        counts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(counts, sum(int((index_T >= 0).sum()) for index_T in mine))
+        micro_batches.append(len(packed))
+        least.append(min(counts))
+    return {"micro_batches": micro_batches, "least_tokens": least}
+
+
 def layout_case(
     model_path: Path, batches: list[Path], reference: Reference | None, case: Case, objective: str
-) -> dict[str, float] | None:
+) -> dict[str, Any] | None:
     """Two steps in one layout against the reference."""
     state = new_state(recipe_for(model_path, case, objective), case)
     state.load_hf(model_path)
+    load = loads(state, batches)
     steps, gradients = [], []
     for batch in batches:
         steps.append(step_on(state, batch))
@@ -98,26 +127,30 @@ def layout_case(
         ),
         "masked_frac": steps[0].metrics["offpolicy/masked_frac"],
         "applied": float(all(s.why_not_applied is None for s in steps)),
+        **load,
     }
 
 
 def layouts(work: Path) -> dict[str, Any]:
-    inputs = write_inputs(work)
+    cases = CASES[dist.get_world_size()]
+    inputs = write_inputs(work, map(student_of, cases.values()))
     references = {
-        (tied, objective): reference_run(path, inputs.samples[objective], TOKEN_LOSSES[objective])
-        for tied, path in inputs.models.items()
+        (student, objective): reference_run(
+            path, inputs.samples[objective], TOKEN_LOSSES[objective]
+        )
+        for student, path in inputs.models.items()
         for objective in OBJECTIVES
         if dist.get_rank() == 0
     }
     return {
         f"{objective}-{name}": layout_case(
-            inputs.models[case.tied],
+            inputs.models[student_of(case)],
             inputs.batches[objective],
-            references.get((case.tied, objective)),
+            references.get((student_of(case), objective)),
             case,
             objective,
         )
-        for name, case in CASES[dist.get_world_size()].items()
+        for name, case in cases.items()
         for objective in OBJECTIVES
     }
 
@@ -153,8 +186,8 @@ def move_case(
 
 
 def moves(work: Path) -> dict[str, Any]:
-    inputs = write_inputs(work)
-    model, batches = inputs.models[True], inputs.batches["sampled_token"]
+    inputs = write_inputs(work, [QWEN3_TIED])
+    model, batches = inputs.models[QWEN3_TIED], inputs.batches["sampled_token"]
     results: dict[str, Any] = {}
     for name, (saved, loaded) in MOVES.items():
         for precision in ("fp32", "bf16") if saved == loaded else ("fp32",):
@@ -237,8 +270,8 @@ def _num_changed(before: list[torch.Tensor], after: list[torch.Tensor]) -> int:
 
 
 def broken(work: Path) -> dict[str, Any]:
-    inputs = write_inputs(work)
-    model, batch = inputs.models[False], inputs.batches["sampled_token"][0]
+    inputs = write_inputs(work, [QWEN3])
+    model, batch = inputs.models[QWEN3], inputs.batches["sampled_token"][0]
     return {
         name: {
             "nan": broken_gradient_case(model, batch, case, "fp32", math.nan),

@@ -22,7 +22,7 @@ SETTINGS = [
 ]
 LAYOUTS = [
     ("TP=1 PP=2 CP=1 DP=1 = 2 ranks", ["learner.pipeline_parallel=2"]),
-    ("TP=1 PP=1 CP=1 DP=2 = 2 ranks", ["learner.data_parallel=2"]),
+    ("TP=1 PP=1 CP=1 DP=2 = 2 ranks", ["learner.data_parallel=2", "batch.padded=true"]),
 ]
 # What is broadcast was gathered during a forward pass that is over.
 OVERLAPPED = [

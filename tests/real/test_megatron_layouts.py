@@ -1,7 +1,7 @@
 """Two optimizer steps in many layouts against plain torch on a float64 `transformers` model; then what a layout keeps.
 
 Every layout of megatron_cases.py is run with every objective of it: the first batch has uneven documents and an empty
-response, and needs several micro-batches; the second is one sample, so that a data-parallel rank has no token.
+response, in one micro-batch a rank or in several; the second is one short sample, so that a rank has none that counts.
 Clipping, weight decay and importance masking are active. Gradients are compared after clipping, tensor by tensor, also
 those of the distributed optimizer, whose shards are gathered. Not covered: FP8, Transformer Engine and NCCL, which need
 a GPU.
@@ -108,6 +108,43 @@ def test_combined_layout_gives_the_loss_gradient_and_weights_of_one_process(
     _check(four_ranks[f"{objective}-{layout}"])
 
 
+def _loads(results: Results, ranks: int) -> dict[str, tuple[list[int], list[int]]]:
+    """Of each layout and batch: micro-batches of a rank, tokens that count on the rank with least."""
+    of_layout = {name: results[f"sampled_token-{name}"] for name in cases.CASES[ranks]}
+    return {name: (r["micro_batches"], r["least_tokens"]) for name, r in of_layout.items()}
+
+
+def _check_loads(loads: dict[str, tuple[list[int], list[int]]], ranks: int) -> None:
+    for name, (_, least) in loads.items():
+        learner = cases.CASES[ranks][name].learner
+        whole = learner.get("tensor_parallel", 1) * learner.get("pipeline_parallel", 1)
+        # Data- and context-parallel ranks share the tokens.
+        assert (least[1] == 0) == (whole < ranks), name
+        assert least[0] > 0, name
+
+
+def test_layouts_have_one_micro_batch_and_many_and_ranks_without_a_token(
+    two_ranks: Results,
+) -> None:
+    loads = _loads(two_ranks, 2)
+    _check_loads(loads, 2)
+    number = {name: micro_batches[0] for name, (micro_batches, _) in loads.items()}
+    assert number["dp2"] == number["dp2_tied_one_micro_batch"] == 1
+    assert min(number["pp2"], number["pp2_interleaved"]) > 3
+    assert all(number[name] > 1 for name in number if "overlapped" in name)
+
+
+def test_combined_layouts_have_one_micro_batch_and_many_and_ranks_without_a_token(
+    four_ranks: Results,
+) -> None:
+    loads = _loads(four_ranks, 4)
+    _check_loads(loads, 4)
+    number = {name: micro_batches[0] for name, (micro_batches, _) in loads.items()}
+    assert number["dp4_tied"] == 1 < number["dp4_distributed_optimizer"]
+    assert number["pp4"] > 4
+    assert all(number[name] > 1 for name in number if "overlapped" in name)
+
+
 def test_there_are_at_least_24_layouts_and_every_kind_of_parallelism_is_among_them() -> None:
     layouts = {**cases.CASES[2], **cases.CASES[4]}
     assert len(layouts) >= 24
@@ -115,7 +152,8 @@ def test_there_are_at_least_24_layouts_and_every_kind_of_parallelism_is_among_th
     assert {f"{kind}_parallel" for kind in ("tensor", "pipeline", "context", "sequence")} <= used
     assert {"virtual_pipeline", "distributed_optimizer", "recompute"} <= used
     assert {case.tied for case in layouts.values()} == {True, False}
-    assert {case.document_multiple > 1 for case in layouts.values()} == {True, False}
+    assert {case.family for case in layouts.values()} == {"qwen3", "qwen2", "llama"}
+    assert {case.padded for case in layouts.values()} == {True, False}
 
 
 @pytest.fixture(scope="module")

@@ -57,6 +57,13 @@ def test_hugging_face_weights_go_through_transformer_engines_layers_unchanged(
     assert case["sharded"]
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_every_parameter_of_a_tensor_parallel_rank_takes_the_shard_that_is_read_for_it(
+    built: dict[str, dict[str, Any]], model: str
+) -> None:
+    assert built[f"{model}-two-ranks"] == {"differ": [], "missing": []}
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("model", MODELS)
 def test_the_builder_makes_transformer_engines_layers_and_recipe(

@@ -31,6 +31,9 @@ class BatchConfig:
     prompts_per_step: int = number(32, 1)
     rollouts_per_prompt: int = number(4, 1)
     tokens_per_microbatch: int = number(4096, 8)
+    # Every sample fills a row as long as the longest of the step, instead of samples that lie end to end: for attention
+    # kernels that take no packed sequences.
+    padded: bool = False
     # Optimizer updates on every step batch, each on the whole of it.
     updates_per_step: int = number(1, 1, 64)
 

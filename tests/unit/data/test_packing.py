@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from opd_megatron.data.packing import (
     PackingPlan,
+    as_rows,
     context_parallel_rows,
     document_lengths,
     pack,
@@ -85,6 +86,23 @@ def test_documents_are_padded_and_the_rest_is_filled(tmp_path: Path) -> None:
     assert micro.output_index_T[4:8].tolist() == [3, 4, -1, -1]
     assert micro.loss_mask_T.sum() == 5
     assert micro.max_document_length == 4
+
+
+def test_documents_of_a_padded_batch_are_rows_as_long_as_the_longest(tmp_path: Path) -> None:
+    index, batch = _written(tmp_path, [(2, 4), (4, 0), (1, 2), (3, 7), (2, 2)])
+    lengths, row = as_rows(document_lengths(index, 4), multiple=6)
+    assert (lengths, row) == ([12, 0, 12, 12, 12], 12)
+    plan = plan_packing(lengths, 1, tokens_per_microbatch=30, token_multiple=row)
+    assert (plan.num_tokens, plan.num_micro_batches) == (24, 2)  # two rows fit, half a row is left
+    for samples in plan.samples[0]:
+        micro = pack(batch, samples, index.response_offsets, plan.num_tokens, row)
+        assert micro.cu_seqlens.tolist() == [0, 12, 24]
+        rows = micro.tokens_T.reshape(2, row)
+        assert [ids[0] for ids in rows] == [batch.tokens[number][0] for number in samples]
+
+
+def test_a_padded_batch_without_response_tokens_has_rows_of_the_smallest_length() -> None:
+    assert as_rows([0, 0], multiple=8) == ([0, 0], 8)
 
 
 def test_an_empty_micro_batch_has_one_document_without_mask(tmp_path: Path) -> None:
