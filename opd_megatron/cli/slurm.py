@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shlex
 import sys
 import time
@@ -14,6 +15,7 @@ import typer
 
 from opd_megatron.cli.recipes import Overrides, RecipeName, describe
 from opd_megatron.cli.runs import default_run_dir
+from opd_megatron.config.locations import locate
 from opd_megatron.config.recipes import resolve_recipe
 from opd_megatron.config.rules import check
 from opd_megatron.config.run_yaml import read_run_yaml
@@ -77,7 +79,9 @@ def submit(
     own = [o for o in overrides or [] if not o.startswith(PREFIX)]
     site = load_site(cluster, [o for o in overrides or [] if o.startswith(PREFIX)])
     _refuse_site_keys(own)
-    recipe, path = resolve_recipe(name, own, here=not site.ssh_host)
+    recipe, path = resolve_recipe(name, own, here=False)
+    if not site.ssh_host:
+        recipe = locate(recipe, {**os.environ, **site.environment})
     check(recipe)
     if offline:
         for line in check_offline(recipe):

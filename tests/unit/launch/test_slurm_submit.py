@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -200,6 +201,17 @@ def test_the_gpu_of_a_login_node_is_not_the_jobs(
     assert opd("validate", *recipe) == 78
     assert "GPU 0 of this machine" in capsys.readouterr().err
     assert opd("submit", *recipe, *WHERE, "--dry-run", "--run-dir", str(tmp_path / "run")) == 0
+
+
+def test_a_site_may_say_where_its_models_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(find_recipes()["demo"].parent / "demo/student", tmp_path / "org/student")
+    own = ["submit", "demo", "student.path=org/student", *WHERE, "--dry-run", "--run-dir", "/r/x"]
+    assert opd(*own) == 78
+    assert "not on this machine" in capsys.readouterr().err
+    assert opd(*own, f"cluster.environment.OPD_MODELS={tmp_path}") == 0
+    assert f"--model-path {tmp_path}/org/student " in capsys.readouterr().out
 
 
 def test_without_an_answer_of_slurm_nothing_is_claimed(
