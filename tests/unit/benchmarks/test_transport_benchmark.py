@@ -84,7 +84,7 @@ def test_the_step_of_a_run_is_read_from_its_metrics(tmp_path: Path) -> None:
 
 
 def test_what_k_adds_is_the_difference_of_two_steps_and_of_their_parts() -> None:
-    def run(mode: str, topk: int, step: float, learner: float) -> dict[str, Any]:
+    def run(size: str, mode: str, topk: int, step: float, learner: float) -> dict[str, Any]:
         seconds = {
             "step": [step, 9.0, step],
             "learner": [learner] * 3,
@@ -92,18 +92,24 @@ def test_what_k_adds_is_the_difference_of_two_steps_and_of_their_parts() -> None
             "teacher": [0.2],
         }
         return {
-            "mode": mode, "topk": topk, "seed": 0, "tokens": 5120.0, "load_average_at_start": 0.1,
+            "size": size, "mode": mode, "topk": topk, "seed": 0, "tokens": 5120.0, "load_average_at_start": 0.1,
             "seconds": seconds,
         }  # fmt: skip
 
     runs = [
-        run(mode, k, 2.0 + k / 640, 0.5 + k / 3200)
+        run(size, mode, k, step + k / 640, 0.5 + k / 3200)
+        for size, step in (("demo", 2.0), ("larger", 10.0))
         for mode in transport_step.MODES
         for k in (0, 64)
     ]
     runs = [one | {"topk": max(1, one["topk"])} for one in runs]
-    found = {**record(), "runs": runs, "repeats": 1}
-    assert transport_step.added(found, "sync", "step") == pytest.approx(0.1)
-    assert transport_step.added(found, "sync", "learner") == pytest.approx(0.02)
+    weights = {"demo": 300_000, "larger": 12_000_000}
+    found = {**record(), "runs": runs, "repeats": 1, "weights": weights}
+    assert transport_step.added(found, "demo", "sync", "step") == pytest.approx(0.1)
+    assert transport_step.added(found, "demo", "sync", "learner") == pytest.approx(0.02)
     text = transport_step.to_markdown(found)
+    assert (
+        "12.0 M weights, `sync`: top-64 in place of top-1 adds +0.100 s, +1.0% of the step (goal 5%: met)"
+        in text
+    )
     assert "+0.100 s, +5.0% of the step (goal 5%: m" in text and "part grows by +0.020 s" in text
