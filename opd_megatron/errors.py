@@ -109,13 +109,20 @@ class StorageError(OpdError):
     _NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
     @classmethod
-    def of(cls, error: OSError) -> StorageError | None:
-        """What an operating system error says about storage, or None when it is about something else."""
-        if error.errno not in cls._NUMBERS:
-            return None
-        where = error.filename if error.filename is not None else "a file of the run"
-        notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
-        return cls(f"{where}: {error.strerror}{notes}; make room, then go on with --resume")
+    def of(cls, error: BaseException) -> StorageError | None:
+        """What an error says about storage, or None when it is about something else.
+
+        An operating system error, or any error that came of one: torch's file writer, stopped by a full disk, ends with
+        a RuntimeError about positions in its file.
+        """
+        found: BaseException | None = error
+        while found is not None:
+            if isinstance(found, OSError) and found.errno in cls._NUMBERS:
+                where = found.filename if found.filename is not None else "a file of the run"
+                notes = "".join(f" ({note})" for note in getattr(found, "__notes__", ()))
+                return cls(f"{where}: {found.strerror}{notes}; make room, then go on with --resume")
+            found = found.__cause__ or found.__context__
+        return None
 
 
 class CheckpointError(OpdError):

@@ -50,5 +50,4 @@ def told_apart(directory: Path, what: str) -> Iterator[None]:
 
 
 def _of(error: BaseException, directory: Path, what: str) -> OpdError:
-    storage = StorageError.of(error) if isinstance(error, OSError) else None
-    return storage or CheckpointError(f"{directory}: {what}: {error!r}")
+    return StorageError.of(error) or CheckpointError(f"{directory}: {what}: {error!r}")

@@ -151,7 +151,7 @@ class PlannedSave:
         """(about storage?, what happened) on this rank."""
         if self._error is None:
             return None
-        storage = StorageError.of(self._error) if isinstance(self._error, OSError) else None
+        storage = StorageError.of(self._error)
         return (False, repr(self._error)) if storage is None else (True, str(storage))
 
 
