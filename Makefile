@@ -21,7 +21,7 @@ GPU_PYTHON ?= python3
 
 BIN := .venv/bin
 UV_VERSION := 0.13.8
-UNIT := not real and not many and not gpu and not slow
+UNIT := not real and not many and not gpu and not slow and not ci
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
 .PHONY: help
@@ -37,9 +37,13 @@ demo: install ## Run the demo recipe: a tiny student learns from a tiny teacher
 	@$(BIN)/opd run demo $(ARGS)
 
 .PHONY: test
-test: install-launch slurm ## Run the whole CPU suite
+test: install-launch slurm ## Run the CPU suite; `make test-ci` is what CI adds
 	$(PYTEST) tests/unit -m "$(UNIT)" -n $(TEST_JOBS)
-	$(PYTEST) tests/real $$(grep -rlE "mark\.(real|many)\b" tests/unit) -m "(real or many) and not gpu and not slow and not transformer_engine" -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder --durations=10
+	$(PYTEST) tests/real $$(grep -rlE "mark\.(real|many)\b" tests/unit) -m "(real or many) and not gpu and not slow and not ci and not transformer_engine" -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder --durations=10
+
+.PHONY: test-ci
+test-ci: install-launch slurm ## Run what CI adds: whole Slurm jobs through dead nodes, hangs and pre-emption; hundreds of kills
+	$(PYTEST) $$(grep -rl "mark\.ci\b" tests) -m ci -n $(TEST_JOBS) --dist worksteal --durations=10
 
 .PHONY: test-slow
 test-slow: install-launch ## Run the tests that take minutes each
@@ -76,7 +80,7 @@ format: install ## Apply the formatter and the safe lint fixes
 	$(BIN)/ruff format .
 
 .PHONY: golden
-golden: install ## Write tests/golden and the table of docs/recipes.md again; read the diff
+golden: install ## Write again what recipes resolve to and say: tests/golden, recipes/, docs/recipes.md; read the diff
 	$(BIN)/python scripts/golden.py
 
 .PHONY: bench-loss

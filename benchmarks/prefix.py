@@ -34,8 +34,9 @@ import orjson
 from benchmarks import environment
 from benchmarks.report import table, write_between_markers
 from benchmarks.transport import VOCAB, serving
-from opd_megatron.serving.client import SglangClient, score_body
+from opd_megatron.serving.client import SglangClient
 from opd_megatron.serving.keys import ServerKeys
+from opd_megatron.serving.requests import score_body
 
 DOCS_PAGE = environment.ROOT / "docs" / "transport.md"
 RECORD = environment.ROOT / "benchmarks" / "results" / "prefix-cpu.json"

@@ -38,10 +38,11 @@ from benchmarks import environment
 from benchmarks.report import table, write_between_markers
 from opd_megatron.config.schema import ServerConfig
 from opd_megatron.errors import OpdError
-from opd_megatron.serving.client import Sampling, SglangClient, score_body
+from opd_megatron.serving.client import SglangClient
 from opd_megatron.serving.command import server_command
 from opd_megatron.serving.keys import ServerKeys, new_keys, write_keys
 from opd_megatron.serving.pool import ServerPool
+from opd_megatron.serving.requests import Sampling, score_body
 
 ROOT = environment.ROOT
 DOCS_PAGE = ROOT / "docs" / "benchmarks.md"

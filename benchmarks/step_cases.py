@@ -80,7 +80,7 @@ class StepCase:
     samples: int = 8
     prompt: int = 32
     response: int = 96
-    repeats: int = 4
+    repeats: int = 16
     seed: int = 0
 
     @property

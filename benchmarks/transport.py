@@ -41,10 +41,11 @@ from benchmarks import environment, transport_report
 from benchmarks.report import write_between_markers
 from opd_megatron.config.schema import ServerConfig
 from opd_megatron.observe.jsonl import read_rows
-from opd_megatron.serving.client import SglangClient, score_body
+from opd_megatron.serving.client import SglangClient
 from opd_megatron.serving.command import server_command
 from opd_megatron.serving.contract import read_scores
 from opd_megatron.serving.keys import ServerKeys, new_keys, write_keys
+from opd_megatron.serving.requests import score_body
 
 VOCAB = 4096
 DOCS_PAGE = environment.ROOT / "docs" / "transport.md"

@@ -244,5 +244,5 @@ class SlurmDir:
 
     @property
     def bad_nodes(self) -> Path:
-        """Names of nodes that failed their check, one a line."""
+        """Names of nodes that failed their check or did not arrive, one a line."""
         return self.root / "bad_nodes"

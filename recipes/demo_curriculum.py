@@ -1,9 +1,14 @@
 """Two-digit addition, a curriculum: a hard switch over four tiny teachers, from a noisy one to the demo's own.
 
-The first three are inside the learner and cost no server; they were trained with 7, 4.5 and 2.5 % of the digits
-replaced (opd_megatron/demo/make_models.py). A teacher that does not teach at a step is not asked.
-Measured once on two CPU cores: accuracy 87 % from 32 %, with a last teacher of 97 %, in 2.6 minutes. Other kinds of
-teaching: docs/teachers.md.
+Shows: teachers of which one teaches at a time; one that does not teach at a step is not asked. The first three are
+inside the learner and cost no server; they were trained with 7, 4.5 and 2.5 % of the digits replaced
+(opd_megatron/demo/make_models.py).
+Source: "On-Policy Distillation Adventures" switches 4B, 8B, 14B, 32B. Other kinds of teaching: docs/teachers.md.
+Expected: accuracy 31.6 % to 88.7 % (teacher 96.6 %), KL(student || teacher) 0.742 to 0.059 nats a token.
+Memory: 2.2 GiB over all processes, measured once.
+Speed: 0.99 s a step, 86 s in all, measured once on two CPU cores.
+Look at: teacher/share/early and those of the others; train/kl_reverse jumps where the teacher changes.
+Run: `opd run demo_curriculum`
 """
 
 from opd_megatron.config.overrides import change

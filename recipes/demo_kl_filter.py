@@ -1,8 +1,14 @@
 """Two-digit addition, token filter: only the 30 % of tokens with the largest log-ratio train.
 
-The filter KL 70-100 of "On-Policy Distillation Adventures", in small; percentiles are of the whole step batch.
-It chooses by the token that it trains, which tilts the expected gradient, so it needs `allow_biased`.
-Measured once on two CPU cores: accuracy 90.8 % from 32 %, with a teacher of 97 %, in 1.4 minutes; KL 0.742 to 0.045.
+Shows: tokens chosen by what they would teach. Percentiles are of the step batch. The filter chooses by the token that
+it trains, which tilts the expected gradient, so it needs `allow_biased`.
+Source: the filter KL 70-100 of "On-Policy Distillation Adventures".
+Expected: accuracy 31.6 % to 90.9 % (teacher 96.6 %), KL(student || teacher) 0.742 to 0.034 nats a token.
+Memory: 2.2 GiB over all processes, measured once.
+Speed: 1.06 s a step, 88 s in all, measured once on two CPU cores.
+Look at: train/filter_kept_frac.
+At scale: qwen3_4b_base_from_qwen3_4b_16gpu_gb200_bf16_kl_70_100
+Run: `opd run demo_kl_filter`
 """
 
 from opd_megatron.config.overrides import change

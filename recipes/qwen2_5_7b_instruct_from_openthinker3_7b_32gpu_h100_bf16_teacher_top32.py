@@ -5,7 +5,10 @@ rollouts at top-p 0.9, special tokens masked (here all but the end of a response
 Source: arXiv 2603.25562. Chosen here: prompts, 4 responses each, the batch read as prompts, and top_k, without which
 the server does not state the true log-probs of truncated rollouts.
 Expected: mean of its benchmarks 28.2 % to 41.5 % (teacher 56.0 %; sampled token 36.4 %, with the mask 40.7 %).
-Memory, speed: not run here; `opd estimate` says what the model of docs/planner.md expects.
+Memory: not run here; planned GiB of a GPU's 75: learner 66, rollout 62, teachers 66.
+Speed: not run here; planned 484 s a step (rollout 229, teachers 34, learner 179, rest 41), 860 GPU-hours.
+Prompts: deepmath-103k/train.parquet in $OPD_DATA (docs/recipes.md).
+Run: `opd submit qwen2_5_7b_instruct_from_openthinker3_7b_32gpu_h100_bf16_teacher_top32 --cluster SITE`
 """
 
 from opd_megatron.config.overrides import change

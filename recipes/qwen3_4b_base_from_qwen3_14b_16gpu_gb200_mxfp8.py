@@ -4,7 +4,10 @@ Reproduces: the reference setting with a larger teacher.
 The low precision is ours: the source trained in bf16. The output head stays in bf16.
 Source: "On-Policy Distillation Adventures", Table 1 (recipes/families/opd_adventures.py).
 Expected: no published curve of this pair is known to us.
-Memory, speed: not run here; `opd estimate` says what the model of docs/planner.md expects.
+Memory: not run here; planned GiB of a GPU's 173: learner 49, rollout 141, teachers 145.
+Speed: not run here; planned 142 s a step (rollout 75, teachers 24, learner 29, rest 14), 509 GPU-hours.
+Prompts: deepmath-103k/train.parquet in $OPD_DATA (docs/recipes.md).
+Run: `opd submit qwen3_4b_base_from_qwen3_14b_16gpu_gb200_mxfp8 --cluster SITE`
 """
 
 from opd_megatron.config.overrides import change

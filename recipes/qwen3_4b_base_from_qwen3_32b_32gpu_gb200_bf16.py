@@ -3,7 +3,10 @@
 Reproduces: the reference setting with a larger teacher.
 Source: "On-Policy Distillation Adventures", Table 1 (recipes/families/opd_adventures.py).
 Expected: the site's run_data/oracle_sizes/32b.csv has the published curve, with 2,048 responses a step.
-Memory, speed: not run here; `opd estimate` says what the model of docs/planner.md expects.
+Memory: not run here; planned GiB of a GPU's 173: learner 36, rollout 141, teachers 145.
+Speed: not run here; planned 105 s a step (rollout 44, teachers 28, learner 21, rest 11), 749 GPU-hours.
+Prompts: deepmath-103k/train.parquet in $OPD_DATA (docs/recipes.md).
+Run: `opd submit qwen3_4b_base_from_qwen3_32b_32gpu_gb200_bf16 --cluster SITE`
 """
 
 from opd_megatron.config.overrides import change

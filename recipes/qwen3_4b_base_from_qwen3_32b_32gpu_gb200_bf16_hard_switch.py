@@ -3,7 +3,10 @@
 Reproduces: the hard switch between teachers of growing size, the best ensemble of the source.
 Source: "On-Policy Distillation Adventures", section 6 (recipes/families/opd_adventures.py).
 Expected: 1.3 points of mean@8 and 3.6 of best@8 over the reference in the source.
-Memory, speed: not run here; `opd estimate` says what the model of docs/planner.md expects.
+Memory: not run here; planned GiB of a GPU's 173: learner 36, rollout 141, teachers 145.
+Speed: not run here; planned 133 s a step (rollout 44, teachers 56, learner 21, rest 11), 951 GPU-hours.
+Prompts: deepmath-103k/train.parquet in $OPD_DATA (docs/recipes.md).
+Run: `opd submit qwen3_4b_base_from_qwen3_32b_32gpu_gb200_bf16_hard_switch --cluster SITE`
 """
 
 from opd_megatron.config.overrides import change

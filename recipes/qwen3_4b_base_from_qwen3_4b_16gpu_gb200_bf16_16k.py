@@ -3,7 +3,10 @@
 Reproduces: the 16k-response variant of the reference setting.
 Source: "On-Policy Distillation Adventures", Table 1 (recipes/families/opd_adventures.py).
 Expected: mean@8 29.3, best@8 47.3 at the end of the published run, with 2,048 responses a step (the site's run_data).
-Memory, speed: not run here; `opd estimate` says what the model of docs/planner.md expects.
+Memory: not run here; planned GiB of a GPU's 173: learner 46, rollout 141, teachers 145.
+Speed: not run here; planned 428 s a step (rollout 273, teachers 20, learner 105, rest 31), 1,531 GPU-hours.
+Prompts: deepmath-103k/train.parquet in $OPD_DATA (docs/recipes.md).
+Run: `opd submit qwen3_4b_base_from_qwen3_4b_16gpu_gb200_bf16_16k --cluster SITE`
 """
 
 from opd_megatron.config.overrides import change

@@ -4,7 +4,10 @@ Reproduces: the default run as its published logs show it: 512 prompts x 4, 201 
 Source: "On-Policy Distillation Adventures", Table 1 (recipes/families/opd_adventures.py).
 Expected: mean@8 21.4 at its best and 18.4 at the end, best@8 32.4 at the end (from 7.9 and 18.5),
 teacher KL 0.39 to 0.04 nats, with 2,048 responses a step (the site's run_data/vanilla.csv).
-Memory, speed: not run here; `opd estimate` says what the model of docs/planner.md expects.
+Memory: not run here; planned GiB of a GPU's 173: learner 42, rollout 141, teachers 145.
+Speed: not run here; planned 496 s a step (rollout 266, teachers 29, learner 171, rest 31), 443 GPU-hours.
+Prompts: deepmath-103k/train.parquet in $OPD_DATA (docs/recipes.md).
+Run: `opd submit qwen3_4b_base_from_qwen3_4b_16gpu_gb200_bf16_512prompts --cluster SITE`
 """
 
 from opd_megatron.config.overrides import change

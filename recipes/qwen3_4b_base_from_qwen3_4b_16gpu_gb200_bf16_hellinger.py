@@ -3,7 +3,10 @@
 Reproduces: advantages of the squared Hellinger distance in place of the reverse KL.
 Source: "On-Policy Distillation Adventures", Table 1 (recipes/families/opd_adventures.py).
 Expected: 0.3 points of mean@8 over the reference in the source.
-Memory, speed: not run here; `opd estimate` says what the model of docs/planner.md expects.
+Memory: not run here; planned GiB of a GPU's 173: learner 42, rollout 141, teachers 145.
+Speed: not run here; planned 140 s a step (rollout 75, teachers 8, learner 43, rest 14), 502 GPU-hours.
+Prompts: deepmath-103k/train.parquet in $OPD_DATA (docs/recipes.md).
+Run: `opd submit qwen3_4b_base_from_qwen3_4b_16gpu_gb200_bf16_hellinger --cluster SITE`
 """
 
 from opd_megatron.config.overrides import change

@@ -3,7 +3,10 @@
 Reproduces: the reference setting with other models.
 Source: "On-Policy Distillation Adventures", Table 1 (recipes/families/opd_adventures.py).
 Expected: not published for this pair.
-Memory, speed: not run here; `opd estimate` says what the model of docs/planner.md expects.
+Memory: not run here; planned GiB of a GPU's 173: learner 67, rollout 141, teachers 145.
+Speed: not run here; planned 141 s a step (rollout 57, teachers 28, learner 36, rest 20), 1,009 GPU-hours.
+Prompts: deepmath-103k/train.parquet in $OPD_DATA (docs/recipes.md).
+Run: `opd submit qwen3_8b_base_from_qwen3_32b_32gpu_gb200_bf16 --cluster SITE`
 """
 
 from opd_megatron.config.overrides import change

@@ -4,7 +4,10 @@ Reproduces: the supervised start of "On-Policy Distillation" (Thinking Machines 
 Source: https://thinkingmachines.ai/blog/on-policy-distillation; the rate and its schedule are ours.
 Expected: AIME24 of 60 % after the 400,000 rows in the source. No server runs here: evaluate the export with
 `opd eval qwen3_8b_base_sft_from_qwen3_32b_64gpu_h100_bf16 --model DIR`.
-Memory, speed: not run here; `opd estimate` says what the model of docs/planner.md expects.
+Memory: not run here; planned GiB of a GPU's 75: learner 71.
+Speed: not run here; planned 51 s a step (learner 51), 356 GPU-hours.
+Prompts: openthoughts3-400k/train.parquet in $OPD_DATA (docs/recipes.md).
+Run: `opd submit qwen3_8b_base_sft_8gpu_h100_bf16 --cluster SITE`
 """
 
 from opd_megatron.config.overrides import change

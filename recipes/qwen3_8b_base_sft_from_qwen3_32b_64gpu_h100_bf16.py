@@ -5,7 +5,10 @@ Source: https://thinkingmachines.ai/blog/on-policy-distillation. It trained a Lo
 are trained at 1e-6, the rate of slime's script for this pair. A footnote there names Qwen3-8B as the actual teacher.
 Expected: AIME24 60 % to 70 % in about 150 steps in the source. The student is what
 `opd export` makes of a run of qwen3_8b_base_sft_8gpu_h100_bf16, put into a folder of OPD_MODELS.
-Memory, speed: not run here; `opd estimate` says what the model of docs/planner.md expects.
+Memory: not run here; planned GiB of a GPU's 75: learner 66, rollout 62, teachers 66.
+Speed: not run here; planned 1,447 s a step (rollout 798, teachers 188, learner 411, rest 51), 3,859 GPU-hours.
+Prompts: deepmath-103k/train.parquet in $OPD_DATA (docs/recipes.md).
+Run: `opd submit qwen3_8b_base_sft_from_qwen3_32b_64gpu_h100_bf16 --cluster SITE`
 """
 
 from opd_megatron.config.overrides import change

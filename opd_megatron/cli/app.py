@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from opd_megatron.cli import artifacts, estimate, objectives, recipes, runs, slurm, validate
+from opd_megatron.cli import artifacts, estimate, jobs, objectives, recipes, runs, submit, validate
 from opd_megatron.errors import EXIT_CONFIG, OpdError, StorageError
 
 _USAGE_ERROR = 2
@@ -27,11 +27,11 @@ app.add_typer(recipes.app, name="recipes")
 app.command("objectives")(objectives.objectives)
 app.command("probe")(runs.probe)
 app.command("eval")(runs.evaluate)
-app.command("submit")(slurm.submit)
-app.command("status")(slurm.status)
-app.command("logs")(slurm.logs)
-app.command("cancel")(slurm.cancel)
-app.command("resume")(slurm.resume_run)
+app.command("submit")(submit.submit)
+app.command("status")(jobs.status)
+app.command("logs")(jobs.logs)
+app.command("cancel")(jobs.cancel)
+app.command("resume")(jobs.resume_run)
 app.command("report")(artifacts.report)
 app.command("export")(artifacts.export)
 app.command("doctor")(artifacts.doctor)

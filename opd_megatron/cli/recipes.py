@@ -12,7 +12,13 @@ import yaml
 from opd_megatron.cli.objectives import describe_loss
 from opd_megatron.config.overrides import changed_leaves, to_mapping
 from opd_megatron.config.recipe_facts import RecipeFacts, facts_of, size_of
-from opd_megatron.config.recipes import find_recipes, load_recipe, locate_recipe, resolve_recipe
+from opd_megatron.config.recipes import (
+    about_recipe,
+    find_recipes,
+    load_recipe,
+    locate_recipe,
+    resolve_recipe,
+)
 from opd_megatron.config.schema import Recipe, TeacherConfig
 from opd_megatron.errors import ConfigError
 
@@ -73,10 +79,14 @@ def show(
         bool, typer.Option("--changed", help="Only what differs from the defaults.")
     ] = False,
 ) -> None:
-    """The fully resolved recipe as YAML, with derived numbers as comments."""
-    recipe, _ = resolve_recipe(name, overrides or [])
-    for line in describe(recipe):
-        typer.echo(f"# {line}")
+    """The fully resolved recipe as YAML; as comments what its file says of it, and derived numbers."""
+    recipe, path = resolve_recipe(name, overrides or [])
+    summary, *derived = describe(recipe)
+    about = about_recipe(path).splitlines()
+    if overrides and about:
+        about = ["its file says, without these overrides:", *about]
+    for line in (summary, *about, "", *derived):
+        typer.echo(f"# {line}".rstrip())
     if changed:
         for key, (default, value) in changed_leaves(Recipe(), recipe).items():
             typer.echo(f"{key}: {value!r}  (default {default!r})")

@@ -10,6 +10,7 @@ lies: while it is loaded, the package `recipes` is the project's folder.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import importlib.util
 import os
@@ -119,6 +120,11 @@ def load_recipe(name: str) -> tuple[Recipe, Path]:
     for folder in (path.parent, *recipe_folders()):
         value = resolve_paths(value, folder)
     return value, path
+
+
+def about_recipe(path: Path) -> str:
+    """The docstring of a recipe file below its first line, which is the summary: source, what to expect, how to run."""
+    return (ast.get_docstring(ast.parse(path.read_bytes())) or "").partition("\n")[2].strip()
 
 
 def resolve_recipe(name: str, overrides: Sequence[str], here: bool = True) -> tuple[Recipe, Path]:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, cast
 
+from opd_megatron.config.learner_rules import learner_problems
 from opd_megatron.config.schema import Recipe, ServerConfig
 from opd_megatron.config.teaching_rules import teaching_problems
 from opd_megatron.errors import ConfigError, did_you_mean
@@ -123,77 +124,6 @@ def _response_words(recipe: Recipe) -> str:
     return (
         f"{turns} times {words} and {turns - 1} times environment.max_observation_tokens={between}"
     )
-
-
-def _learner(recipe: Recipe) -> Iterator[str]:
-    learner = recipe.learner
-    if learner.sequence_parallel and learner.tensor_parallel == 1:
-        yield (
-            "learner.sequence_parallel=True: needs learner.tensor_parallel > 1; "
-            "set learner.sequence_parallel=false"
-        )
-    if learner.virtual_pipeline > 1 and learner.pipeline_parallel == 1:
-        yield (
-            f"learner.virtual_pipeline={learner.virtual_pipeline}: needs learner.pipeline_parallel > 1; "
-            f"set learner.virtual_pipeline=1"
-        )
-    if learner.overlap_param_gather and not learner.distributed_optimizer:
-        yield (
-            "learner.overlap_param_gather=True: without the distributed optimizer every rank updates all of its "
-            "parameters; set learner.distributed_optimizer=true or learner.overlap_param_gather=false"
-        )
-    if recipe.batch.samples_per_step < learner.data_parallel:
-        yield (
-            f"learner.data_parallel={learner.data_parallel}: more ranks than the "
-            f"{recipe.batch.samples_per_step} samples of a step; lower it or raise batch.prompts_per_step"
-        )
-
-
-def _precision(recipe: Recipe) -> Iterator[str]:
-    learner = recipe.learner
-    bf16_layers = {
-        f"learner.{key}": getattr(learner, key)
-        for key in ("fp8_bf16_first_layers", "fp8_bf16_last_layers")
-    }
-    if learner.precision != "fp8":
-        for key, value in bf16_layers.items():
-            if value:
-                yield (
-                    f"{key}={value}: learner.precision={learner.precision!r} has no FP8 layer; set it to 0 or "
-                    f"learner.precision=fp8"
-                )
-        return
-    if recipe.device == "cpu":
-        yield (
-            "learner.precision='fp8': device='cpu' has no FP8 kernels; set learner.precision=bf16 or device=cuda"
-        )
-    if learner.fp8_recipe == "delayed" and any(bf16_layers.values()):
-        yield (
-            "learner.fp8_recipe='delayed': Megatron-Core keeps no layer in bf16 with it; set "
-            f"{' and '.join(bf16_layers)} to 0 or take another recipe"
-        )
-
-
-def _schedule(recipe: Recipe) -> Iterator[str]:
-    config = recipe.optimizer
-    if config.schedule == "constant":
-        for key in ("decay_steps", "min_lr"):
-            if value := getattr(config, key):
-                yield (
-                    f"optimizer.{key}={value!r}: a constant schedule does not use it; set optimizer.{key}=0 "
-                    f"or optimizer.schedule to linear or cosine"
-                )
-        return
-    end = config.decay_steps or recipe.steps
-    if config.warmup_steps >= end:
-        yield (
-            f"optimizer.warmup_steps={config.warmup_steps}: the {config.schedule} decay ends at step {end} "
-            f"(optimizer.decay_steps, or steps when that is 0); lower it or raise the end"
-        )
-    if config.min_lr > config.lr:
-        yield (
-            f"optimizer.min_lr={config.min_lr!r}: must be at most optimizer.lr={config.lr!r}; lower it"
-        )
 
 
 def _objective(recipe: Recipe) -> Iterator[str]:
@@ -341,9 +271,7 @@ def problems(recipe: Recipe) -> list[str]:
     rules = (
         _required,
         _lengths,
-        _learner,
-        _precision,
-        _schedule,
+        learner_problems,
         _objective,
         _sampling,
         _overlap,

@@ -4,9 +4,9 @@
              trains   read, masked   trains
 
 Every turn is a request of its own that begins with all tokens so far. It goes to the server of the turn before, whose
-prefix cache holds them. Tokens are never read back from text: what the
-student wrote stays as it was sampled, and an observation is what the chat template writes between two of its turns. A
-turn that is cut at `rollout.max_new_tokens` ends the episode, because the student has not given up its turn.
+prefix cache holds them. Tokens are never read back from text: what the student wrote stays as it was sampled, and an
+observation is what the chat template writes between two of its turns. A turn that is cut at `rollout.max_new_tokens`
+ends the episode, because the student has not given up its turn.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import numpy as np
 
 from opd_megatron.config.schema import EnvironmentConfig, Recipe
 from opd_megatron.data.chat import ChatTokenizer
-from opd_megatron.environments.environment import environment_maker
+from opd_megatron.environments.catalog import environment_maker
 from opd_megatron.errors import ContractError
-from opd_megatron.serving.client import Sampling
 from opd_megatron.serving.contract import Generation
 from opd_megatron.serving.pool import ServerPool
+from opd_megatron.serving.requests import Sampling
 from opd_megatron.teacher.scoring import all_or_first_error
 from opd_megatron.types import Prompt, Rollout
 

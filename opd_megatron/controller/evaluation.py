@@ -27,8 +27,8 @@ from opd_megatron.eval.evaluate import (
     summarize,
 )
 from opd_megatron.eval.grading import Grader, check_answers, make_grader
-from opd_megatron.serving.client import Sampling
 from opd_megatron.serving.pool import ServerPool
+from opd_megatron.serving.requests import Sampling
 from opd_megatron.teacher.aliases import TokenAliases
 from opd_megatron.types import Prompt, Rollout
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from opd_megatron.config.schema import RolloutConfig
-from opd_megatron.serving.client import Sampling
 from opd_megatron.serving.pool import ServerPool
+from opd_megatron.serving.requests import Sampling
 from opd_megatron.types import Prompt, Rollout
 
 

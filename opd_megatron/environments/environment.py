@@ -1,4 +1,4 @@
-"""What an environment is, and the ones that a recipe can name.
+"""What an environment is, and where those that a recipe can name register.
 
     reset(prompt)     a new episode; the prompt's messages open the conversation
     step(response)    the student's turn as text -> messages that answer it, or the end, and the reward so far
@@ -44,14 +44,3 @@ NewEnvironment = Callable[[], Environment]
 
 # Name -> of the recipe's section, what makes an object for each episode. What episodes share (a grader) is made once.
 ENVIRONMENTS: Registry[Callable[[EnvironmentConfig], NewEnvironment]] = Registry("environment")
-
-
-def environment_maker(config: EnvironmentConfig) -> NewEnvironment:
-    """What makes fresh objects of the environment that the recipe names, one for each episode.
-
-    Raises:
-        ConfigError: no such environment, or something that it needs is missing.
-    """
-    from opd_megatron.environments import try_again  # noqa: F401  registers itself
-
-    return ENVIRONMENTS.get(config.name, "environment.name")(config)

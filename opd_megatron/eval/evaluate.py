@@ -28,8 +28,8 @@ from opd_megatron.data.chat import ChatTokenizer
 from opd_megatron.eval.grading import Grader, check_answers
 from opd_megatron.eval.kl import KlResult, dense_logprobs, exact_kl_result, sampled_kl_result
 from opd_megatron.serving.batching import scoring_batches
-from opd_megatron.serving.client import Sampling
 from opd_megatron.serving.contract import Generation, ScoredResponse
+from opd_megatron.serving.requests import Sampling
 from opd_megatron.teacher.aliases import TokenAliases
 from opd_megatron.types import Prompt, Rollout
 

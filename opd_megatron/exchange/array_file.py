@@ -7,7 +7,7 @@ that a disk is full. A top-K of millions of tokens is gigabytes.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,26 @@ from numpy.typing import NDArray
 from opd_megatron.atomic import replacing
 
 _DTYPE_NAMES = {"float32": "F32", "int32": "I32", "int64": "I64", "uint8": "U8"}
+
+
+def head_of_file(
+    tensors: Iterable[tuple[str, str, Sequence[int], int]], metadata: Mapping[str, str]
+) -> bytes:
+    """What a safetensors file begins with; the content of its tensors follows in the same order.
+
+    Args:
+        tensors: name, dtype as the format calls it, shape and bytes of each.
+        metadata: the header's string map.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for name, dtype, shape, size in tensors:
+        offsets = [offset, offset + size]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def write_arrays(
@@ -29,20 +49,9 @@ def write_arrays(
     """
     # The widest first, so that every array begins at a multiple of its item.
     ordered = sorted(arrays.items(), key=lambda named: -named[1].itemsize)
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    offset = 0
-    for name, array in ordered:
-        header[name] = {
-            "dtype": _DTYPE_NAMES[array.dtype.name],
-            "shape": list(array.shape),
-            "data_offsets": [offset, offset + array.nbytes],
-        }
-        offset += array.nbytes
-    head = json.dumps(header, separators=(",", ":")).encode()
-    head += b" " * (-len(head) % 8)
+    described = [(n, _DTYPE_NAMES[a.dtype.name], a.shape, a.nbytes) for n, a in ordered]
     with replacing(path) as temporary, temporary.open("wb") as file:
-        file.write(len(head).to_bytes(8, "little"))
-        file.write(head)
+        file.write(head_of_file(described, metadata))
         for _, array in ordered:
             little_endian = array.astype(array.dtype.newbyteorder("<"), copy=False)
             file.write(np.ascontiguousarray(little_endian).data)

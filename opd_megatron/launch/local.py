@@ -25,6 +25,7 @@ from opd_megatron.launch import leftovers, lock
 from opd_megatron.launch.members import kill_attempt, scratch
 from opd_megatron.launch.ports import PortReservations
 from opd_megatron.launch.preflight import check_inputs, check_learner, check_machine
+from opd_megatron.launch.role_command import describe_exit, tail
 from opd_megatron.launch.roles import (
     controller_role,
     learner_role,
@@ -34,13 +35,7 @@ from opd_megatron.launch.roles import (
 )
 from opd_megatron.launch.slurm.queue import refuse_living_job
 from opd_megatron.launch.stacks import dump_stacks
-from opd_megatron.launch.supervisor import (
-    Interrupted,
-    MainSigns,
-    Supervisor,
-    describe_exit,
-    tail,
-)
+from opd_megatron.launch.supervisor import Interrupted, MainSigns, Supervisor
 from opd_megatron.observe.environment import describe_environment
 from opd_megatron.rundir import RunDir, make_folder
 from opd_megatron.serving.keys import new_keys, write_keys

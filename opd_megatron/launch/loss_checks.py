@@ -6,7 +6,7 @@ from pathlib import Path
 
 from opd_megatron.config.schema import Recipe, TeacherConfig
 from opd_megatron.data.rows import RowScan
-from opd_megatron.environments.environment import environment_maker
+from opd_megatron.environments.catalog import environment_maker
 from opd_megatron.errors import ConfigError, DataError
 from opd_megatron.eval.grading import make_grader
 from opd_megatron.losses.catalog import Objective

@@ -10,7 +10,7 @@ from pathlib import Path
 from opd_megatron.atomic import write_json
 from opd_megatron.config.schema import Recipe, ServerConfig
 from opd_megatron.launch.ports import PortReservations
-from opd_megatron.launch.supervisor import RoleCommand
+from opd_megatron.launch.role_command import RoleCommand
 from opd_megatron.rundir import RunDir
 from opd_megatron.serving.command import LOOPBACK, server_command
 

@@ -8,6 +8,7 @@ How an attempt ends:
     ... a server, once all roles are up           it is started again, `max_restarts` times; then as above
     ... after the controller's announcement       nothing: all work is committed and the others are no longer needed
     the controller's heartbeat stands still       RoleDied: it hangs. Other roles' hangs meet the controller's deadlines
+    it is over elsewhere (a job's other node)     RoleDied, after a second in which the main process may end by itself
     SIGINT, SIGTERM, SIGHUP                       Interrupted; further signals change nothing while processes are ended
 
 A signal only sets a flag, so that it can not break into the start or the end of a process.
@@ -16,13 +17,12 @@ A signal only sets a flag, so that it can not break into the start or the end of
 from __future__ import annotations
 
 import os
-import re
 import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import IO
@@ -31,41 +31,13 @@ import psutil
 
 from opd_megatron.errors import EXIT_CONFIG, EXIT_DONE, ConfigError, RoleDied
 from opd_megatron.launch.members import kill_attempt, membership
-from opd_megatron.lifeline import Pulse, adopt_orphans, die_with_parent
+from opd_megatron.launch.role_command import RoleCommand, describe_exit, prepare, tail
+from opd_megatron.lifeline import Pulse, adopt_orphans
 
 POLL_S = 0.1
-TAIL_LINES = 20
-_TAIL_BYTES = 64 * 1024
-# Of torchrun, and of ours where ranks are forked (megatron/forked_ranks.py), which comes first.
-_TORCHRUN_REPORT = re.compile(
-    r"torch/distributed/elastic/\S+\] failed \(exitcode|^torchrun: \S+ ended with "
-)
 # How long a cause and its witness may come after each other: a dead server and the controller that misses it.
 ATTRIBUTION_S = 2.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-@dataclass(frozen=True)
-class RoleCommand:
-    """One process of a run.
-
-    Args:
-        name: e.g. "rollout-0".
-        argv: command line; holds no secret.
-        environment: added to this process's environment.
-        log: file that receives stdout and stderr.
-        to_console: stdout goes to the terminal instead (stderr still goes to the log).
-        grace_s: how long it may take to end by itself after SIGTERM. 0: SIGKILL at once (stateless servers).
-        max_restarts: how often it may be started again after it died; for roles that keep nothing.
-    """
-
-    name: str
-    argv: Sequence[str]
-    log: Path
-    environment: Mapping[str, str] = field(default_factory=dict[str, str])
-    to_console: bool = False
-    grace_s: float = 0.0
-    max_restarts: int = 0
 
 
 @dataclass(frozen=True)
@@ -83,22 +55,6 @@ class MainSigns:
     serving: Path
     heartbeat: Path
     hang_timeout_s: float
-
-
-def tail(path: Path, lines: int = TAIL_LINES) -> str:
-    """The last lines of a log, indented, for an error message; of torchrun, those before it says which rank ended.
-
-    When a rank dies, the other ranks and torchrun write more lines about that than are shown here, and none says why.
-    """
-    if not path.exists():
-        return "  (no log)"
-    with path.open("rb") as log:
-        log.seek(max(0, path.stat().st_size - _TAIL_BYTES))
-        text = log.read().decode(errors="replace").splitlines()
-    report = next((i for i, line in enumerate(text) if _TORCHRUN_REPORT.search(line)), len(text))
-    # The first line of the report says which rank ended, and how.
-    shown = text[: report + 1][-lines:]
-    return "\n".join(f"  | {line}" for line in shown) or "  (the log is empty)"
 
 
 class Interrupted(KeyboardInterrupt):
@@ -193,16 +149,24 @@ class Supervisor:
                     **membership(self._attempt_id, role.name),
                 },
                 start_new_session=True,
-                preexec_fn=lambda: _prepare(parent, self._shielded),
+                preexec_fn=lambda: prepare(parent, self._shielded),
             )
         self._running[role.name] = (role, process)
 
-    def watch(self, main: str, signs: MainSigns | None = None) -> int:
+    def watch(
+        self,
+        main: str,
+        signs: MainSigns | None = None,
+        is_over: Callable[[], bool] = lambda: False,
+    ) -> int:
         """Wait for the main process and return its exit code.
 
+        Args:
+            is_over: true once the attempt has ended elsewhere, so that what the main process does is of no account.
+
         Raises:
-            RoleDied: another process ended first, or the main process hangs; the message names it and shows the
-                end of its log.
+            RoleDied: another process ended first, or the main process hangs: the message names it and shows the
+                end of its log; or the attempt is over.
             ConfigError: the same, and the process said by its exit code that a retry will not help.
             Interrupted: SIGINT, SIGTERM or SIGHUP.
         """
@@ -222,6 +186,11 @@ class Supervisor:
                 if code in (EXIT_DONE, EXIT_CONFIG):
                     return code
                 raise self._death(dead)
+            if is_over():
+                code = self._wait_briefly(main)
+                if code is not None:
+                    return code
+                raise RoleDied(f"{main} is ended: another role has ended the attempt")
             if pulse and signs and pulse.still_s() > signs.hang_timeout_s:
                 log = self.log_of(main)
                 raise RoleDied(
@@ -358,17 +327,3 @@ class Supervisor:
 def _children() -> set[int]:
     """Ids of this process's children, ended but uncollected ones too."""
     return {process.pid for process in psutil.Process().children()}
-
-
-def _prepare(parent: int, shielded: bool) -> None:
-    """In the new process, before its program."""
-    die_with_parent(parent)
-    if shielded:
-        # Blocked, not ignored: programs that install a handler would hear it otherwise.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-
-
-def describe_exit(code: int) -> str:
-    """`exit code 3` or `signal SIGKILL`."""
-    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"

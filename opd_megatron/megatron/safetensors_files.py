@@ -19,6 +19,7 @@ import torch
 from safetensors import safe_open
 
 from opd_megatron.errors import ConfigError
+from opd_megatron.exchange.array_file import head_of_file
 from opd_megatron.megatron.architecture import Architecture
 from opd_megatron.megatron.hf_names import HEAD, IGNORED_SUFFIX, hf_shapes
 
@@ -182,22 +183,12 @@ def write_safetensors(
     Returns:
         Bytes written.
     """
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    offset = 0
-    for name, shape in shapes.items():
-        size = _num_bytes(shape, dtype)
-        header[name] = {
-            "dtype": _DTYPE_NAMES[dtype],
-            "shape": list(shape),
-            "data_offsets": [offset, offset + size],
-        }
-        offset += size
-    head = json.dumps(header, separators=(",", ":")).encode()
-    head += b" " * (-len(head) % 8)
+    sizes = {name: _num_bytes(shape, dtype) for name, shape in shapes.items()}
+    described = ((name, _DTYPE_NAMES[dtype], shape, sizes[name]) for name, shape in shapes.items())
+    head = head_of_file(described, metadata)
     with path.open("wb") as file:
-        file.write(len(head).to_bytes(8, "little"))
         file.write(head)
         for (name, shape), (given_name, tensor) in zip(shapes.items(), tensors, strict=True):
             assert (name, shape, dtype) == (given_name, tuple(tensor.shape), tensor.dtype)
             file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return 8 + len(head) + offset
+    return len(head) + sum(sizes.values())

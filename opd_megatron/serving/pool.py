@@ -29,9 +29,10 @@ from opd_megatron.errors import (
     TimedOut,
     Unreachable,
 )
-from opd_megatron.serving.client import Sampling, SglangClient
+from opd_megatron.serving.client import SglangClient
 from opd_megatron.serving.contract import Generation, ScoredResponse
 from opd_megatron.serving.members import Counts, Member, State, choose
+from opd_megatron.serving.requests import Sampling
 
 Result = TypeVar("Result")
 BringUp = Callable[[SglangClient], Awaitable[int]]

@@ -33,7 +33,7 @@ _SMALLEST_PIECE = 2
 _LARGEST_PIECE = 64
 # Entries of one list beyond which a larger piece costs more (to send and read) than it saves (requests); measured on a
 # CPU, docs/decisions/0022-routes-for-other-tokens.md.
-_BEST_ENTRIES = 256
+_BEST_ENTRIES = 128
 
 
 @dataclass(frozen=True)

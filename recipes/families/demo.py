@@ -1,4 +1,7 @@
-"""Two-digit addition on two CPU cores: models and data that come with the project (`recipes/demo/`)."""
+"""Two-digit addition on two CPU cores: models and data that come with the project (`recipes/demo/`).
+
+What each recipe reached and took stands in its file: 1.4 to 2.3 GiB over all processes.
+"""
 
 from opd_megatron.config.schema import (
     BatchConfig,

@@ -15,8 +15,9 @@ from slurm_cluster import Cluster, missing_programs
 SLURM_NODES = 5
 # They take longest and start first, so that none is left to run alone at the end.
 LONGEST = (
-    "test_slurm_jobs.py",
+    "test_slurm_long.py",
     "test_slurm_nemo.py",
+    "test_slurm_jobs.py",
     "test_megatron_commits.py",
     "test_overlap_runs.py",
     "test_whole_run.py",

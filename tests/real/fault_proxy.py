@@ -35,6 +35,8 @@ FAULTS = (*COUNTED_AS, "400", "429", "503", "slow")
 # Not injected: on a busy machine the caller's patience may end before an honest answer comes.
 LATE = "late"
 SLOW_S = 0.3
+# A hang lasts as long as its caller's patience, so it comes less often than the others.
+_HANG_WEIGHT = 0.4
 
 
 def _rows(item: dict[str, Any]) -> list[Any]:
@@ -84,11 +86,12 @@ class FaultProxy:
     Args:
         target: URL of the real server.
         rate: share of `/generate` requests that are hit.
-        kinds: faults to choose from, all equally likely.
+        kinds: faults to choose from, equally likely but for `hang`.
     """
 
     def __init__(self, target: str, seed: int, rate: float, kinds: Sequence[str] = FAULTS) -> None:
         self.target, self.rate, self.kinds = target, rate, kinds
+        self._weights = [_HANG_WEIGHT if kind == "hang" else 1.0 for kind in kinds]
         self.injected: Counter[str] = Counter()
         self.url = ""
         self._rng = random.Random(seed)
@@ -110,7 +113,7 @@ class FaultProxy:
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         is_hit = request.path == "/generate" and self._rng.random() < self.rate
-        kind = self._rng.choice(self.kinds) if is_hit else ""
+        kind = self._rng.choices(self.kinds, self._weights)[0] if is_hit else ""
         if kind in ("400", "401", "429", "500", "502", "503"):
             self.injected[kind] += 1
             return web.json_response({"error": {"message": "injected"}}, status=int(kind))

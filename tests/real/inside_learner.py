@@ -14,8 +14,9 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from opd_megatron.exchange.batch_file import write_batch
-from opd_megatron.serving.client import Sampling, SglangClient
+from opd_megatron.serving.client import SglangClient
 from opd_megatron.serving.pool import ServerPool
+from opd_megatron.serving.requests import Sampling
 from opd_megatron.teacher.in_process import unscored
 from opd_megatron.teacher.scoring import score_rollouts
 from opd_megatron.types import Rollout, Sample

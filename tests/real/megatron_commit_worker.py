@@ -185,11 +185,15 @@ def loadable(root: Path) -> int:
 
 
 def random_kills(work: Path, recipe: Recipe, trials: int) -> dict[str, Any]:
-    """Kill a child that saves one commit after the other, at a random moment of it."""
+    """Kill a child that saves one commit after the other, at a random moment of it.
+
+    About every fourth kill comes after a commit, however busy the machine gets meanwhile: the time in which kills are
+    drawn follows what they meet.
+    """
     rng = random.Random(0)
     root, moments = work / "checkpoints", []
     first = _seconds_per_save(work, recipe)
-    before = loadable(root)
+    before, window = loadable(root), 1.2 * first
     for trial in range(trials):
         # By turns beside the training and not.
         checkpoints = CheckpointConfig(async_save=bool(trial % 2))
@@ -197,7 +201,7 @@ def random_kills(work: Path, recipe: Recipe, trials: int) -> dict[str, Any]:
         pid, pipe = forked(work, turn, None)
         ready = read_events(pipe, "ready")
         assert ready and int(ready[0][1]) == before, "the commit that was left does not load"
-        time.sleep(rng.uniform(0, 1.2 * first))
+        time.sleep(rng.uniform(0, window))
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         os.close(pipe)
@@ -205,6 +209,7 @@ def random_kills(work: Path, recipe: Recipe, trials: int) -> dict[str, Any]:
         after = loadable(root)
         assert after >= before, f"commit {before} was lost"
         moments.append((after - before, len(torn)))
+        window *= 0.94 if after > before else 1.02
         before = after
     return {
         "kills": len(moments),

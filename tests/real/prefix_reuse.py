@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from opd_megatron.serving.client import Sampling, SglangClient
+from opd_megatron.serving.client import SglangClient
+from opd_megatron.serving.requests import Sampling
 
 
 async def cached_tokens(

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 from tiny_servers import VOCAB, reference_logprobs
 
-from opd_megatron.serving.client import Sampling, SglangClient
+from opd_megatron.serving.client import SglangClient
 from opd_megatron.serving.pool import ServerPool
+from opd_megatron.serving.requests import Sampling
 from opd_megatron.teacher.aliases import TokenAliases
 from opd_megatron.teacher.routes import Route
 from opd_megatron.teacher.target import Target

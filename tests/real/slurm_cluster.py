@@ -1,8 +1,9 @@
 """A real Slurm on one machine: munge, slurmctld and several virtual slurmd nodes, all on loopback.
 
 As root every node has a host name of its own (a UTS namespace), where that is allowed; else all share the machine's.
-Everything lives below one folder, and every daemon is ended by its own pid. Faults that matter here: `SlurmdTimeout` is
-short, so that a dead node is noticed in seconds; a requeued job waits 5 s instead of 121 (`cred_expire`).
+Everything lives below one folder, and every daemon is ended by its own pid. Two waits are shorter than Slurm's own,
+though not so short that Slurm takes a busy machine for a dead node: one that died is noticed after 30 s
+(`SlurmdTimeout`), and a requeued job waits 15 s instead of 121 (`cred_expire`).
 
 Left out: accounting, cgroups, PMIx, real GPUs, `--segment` (this Slurm is older than it).
 """
@@ -12,12 +13,14 @@ from __future__ import annotations
 import getpass
 import os
 import secrets
+import shlex
 import shutil
 import signal
 import socket
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,7 +30,7 @@ from opd_megatron.launch.ports import PortReservations
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
 _SBIN = ("/usr/sbin", "/usr/local/sbin", "/sbin")
-_READY_S = 60
+_READY_S = 120
 
 
 def missing_programs() -> list[str]:
@@ -67,7 +70,7 @@ class Cluster:
         path = os.pathsep.join([os.environ.get("PATH", ""), *_SBIN])
         return {**os.environ, "SLURM_CONF": str(self.folder / "etc/slurm.conf"), "PATH": path}
 
-    def call(self, *argv: str, timeout: float = 30, **options) -> subprocess.CompletedProcess[str]:
+    def call(self, *argv: str, timeout: float = 120, **options) -> subprocess.CompletedProcess[str]:
         """One of Slurm's commands, bounded in time: clients wait for ever on a controller that is down."""
         return subprocess.run(
             list(argv),
@@ -88,7 +91,7 @@ class Cluster:
             f"SlurmctldHost={name}(127.0.0.1)",
             *(f"SlurmUser={user}", f"SlurmdUser={user}"),
             *("AuthType=auth/munge", "CredType=cred/munge"),
-            f"AuthInfo=socket={d}/run/munge.socket,cred_expire=5",
+            f"AuthInfo=socket={d}/run/munge.socket,cred_expire=15",
             f"SlurmctldPort={ports[0]}",
             "CommunicationParameters=NoInAddrAny,NoCtldInAddrAny",
             *(f"StateSaveLocation={d}/state", f"SlurmdSpoolDir={d}/spool/%n"),
@@ -96,7 +99,9 @@ class Cluster:
             *(f"SlurmctldLogFile={d}/log/slurmctld.log", f"SlurmdLogFile={d}/log/slurmd-%n.log"),
             *("ProctrackType=proctrack/linuxproc", "TaskPlugin=task/none"),
             *("JobAcctGatherType=jobacct_gather/none", "SwitchType=switch/none", "MpiDefault=none"),
-            *("ReturnToService=2", "SlurmctldTimeout=10", "SlurmdTimeout=6", "InactiveLimit=0"),
+            *("ReturnToService=2", "SlurmctldTimeout=10", "SlurmdTimeout=30", "InactiveLimit=0"),
+            # Longer than their defaults of 10 s, after which Slurm requeues a job whose start was only slow.
+            *("BatchStartTimeout=120", "MessageTimeout=60"),
             *(
                 "MinJobAge=300",
                 "KillWait=15",
@@ -158,7 +163,7 @@ class Cluster:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                timeout=30,
+                timeout=120,
             )
         assert done.returncode == 0, (argv, (self.folder / "log/start.log").read_text())
 
@@ -206,16 +211,55 @@ class Cluster:
             except psutil.NoSuchProcess:
                 continue
 
+    @contextmanager
+    def hidden_from(self, node: str, folder: Path, options: str = "ro") -> Generator[None]:
+        """While this lasts, `node` sees an empty folder that it can not write to there. Needs `own_names`."""
+        inside = self._inside(node)
+        self._check(*inside, "mount", "-t", "tmpfs", "-o", options, "none", str(folder))
+        try:
+            yield
+        finally:
+            self._check(*inside, "umount", "--lazy", str(folder))
+
+    @contextmanager
+    def hangs_on(self, node: str, folder: Path, file: str) -> Generator[None]:
+        """While this lasts, `node` sees nothing in `folder` but `file`, and who opens that waits for ever."""
+        with self.hidden_from(node, folder, "rw"):
+            made = folder / file
+            script = f"mkdir -p {shlex.quote(str(made.parent))} && mkfifo {shlex.quote(str(made))}"
+            self._check(*self._inside(node), "sh", "-c", script)
+            yield
+
+    def _inside(self, node: str) -> tuple[str, ...]:
+        """Words before a command that is to see the files that `node` sees."""
+        daemon = self._pid(self.folder / f"run/slurmd-{node}.pid")
+        assert daemon is not None
+        return ("nsenter", "--mount", f"--target={daemon.pid}")
+
+    @contextmanager
+    def paused(self) -> Generator[None]:
+        """Jobs are taken but not started while this lasts."""
+        self._set_batch("down")
+        try:
+            yield
+        finally:
+            self._set_batch("up")
+
+    def _set_batch(self, state: str) -> None:
+        done = self.call("scontrol", "update", "partitionname=batch", f"state={state}")
+        assert done.returncode == 0, done.stderr
+
     def _is_of(self, process: psutil.Process, node: str) -> bool:
         spool = str(self.folder / "spool" / node)
+        # Another cluster beside this one has nodes of the same names.
+        ours = (self.environment["SLURM_CONF"], node)
         try:
             files = [os.readlink(p) for p in Path(f"/proc/{process.pid}/fd").iterdir()]
-            children = [
-                c.environ().get("SLURMD_NODENAME") for c in process.children(recursive=True)
-            ]
+            children = [c.environ() for c in process.children(recursive=True)]
         except (OSError, psutil.Error):
             return False
-        return any(f.startswith(spool) for f in files) or node in children
+        places = [(e.get("SLURM_CONF"), e.get("SLURMD_NODENAME")) for e in children]
+        return any(f.startswith(spool) for f in files) or ours in places
 
     def stop(self) -> None:
         """End every job and daemon; also after a start that failed half way."""
@@ -247,6 +291,7 @@ class Cluster:
     def cancel_all(self) -> None:
         """End what a failed test left, and wait until the nodes are free."""
         self.call("scancel", "-u", getpass.getuser())
+        self._set_batch("up")
         self.wait_idle()
 
     def state(self, job: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -12,12 +13,15 @@ from typing import Any
 
 import psutil
 from slurm_cluster import Cluster
-from whole_runs import ROOT, SMALL, command_line, wait_until
+from whole_runs import ROOT, SMALL, command_line, rows, wait_until
 
 from opd_megatron.atomic import read_json
 from opd_megatron.launch.slurm.queue import jobs_of
 from opd_megatron.lifeline import RANK_NAME
 from opd_megatron.rundir import RunDir
+
+# How much slower than a quiet machine of two cores one may be before a wait is given up.
+PATIENCE = 3
 
 
 def opd(cluster: Cluster, *arguments: str, code: int = 0) -> str:
@@ -29,7 +33,7 @@ def opd(cluster: Cluster, *arguments: str, code: int = 0) -> str:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert done.returncode == code, done.stdout + done.stderr
@@ -38,8 +42,12 @@ def opd(cluster: Cluster, *arguments: str, code: int = 0) -> str:
 
 def arguments_of(folder: Path, *overrides: str, via: str = "sbatch") -> list[str]:
     """`submit` and what stands after it, for a small demo in `folder`."""
+    return _arguments(folder, [*SMALL, *overrides], via)
+
+
+def _arguments(folder: Path, overrides: Sequence[str], via: str) -> list[str]:
     where = ["--cluster", "cpu-test", "--allow-dirty", "--run-dir", str(folder / "run")]
-    return ["submit", "demo", *SMALL, *overrides, *where, "--via", via]
+    return ["submit", "demo", *overrides, *where, "--via", via]
 
 
 def submit(cluster: Cluster, folder: Path, *overrides: str, via: str = "sbatch") -> RunDir:
@@ -48,14 +56,33 @@ def submit(cluster: Cluster, folder: Path, *overrides: str, via: str = "sbatch")
     return RunDir(folder / "run")
 
 
+def whole_demo(folder: Path, via: str, *overrides: str) -> list[str]:
+    """`submit` and what stands after it, for the demo as it is."""
+    return _arguments(folder, [*overrides, "cluster.time=00:30:00"], via)
+
+
+def last_step(run: RunDir) -> int:
+    return max((row["step"] for row in rows(run.metrics)), default=0)
+
+
+def check_whole(run: RunDir, attempts: int) -> None:
+    """It learned what the demo learns, in so many attempts, and lost nothing."""
+    summary = json.loads(run.summary.read_text())
+    assert summary["accuracy_after"] > 0.8 > summary["accuracy_before"]
+    assert summary["attempts"] == attempts
+    ledger = summary["ledger"]
+    assert (ledger["issued"], ledger["rejected"], ledger["in_flight"]) == (ledger["trained"], {}, 0)
+    assert [row["step"] for row in rows(run.metrics)] == list(range(last_step(run) + 1))
+
+
 def log(run: RunDir) -> str:
     return run.slurm.log.read_text() if run.slurm.log.exists() else ""
 
 
 def wait_for(run: RunDir, condition: Callable[[], Any], seconds: float, what: str) -> Any:
-    """The first true value of `condition`; on the way the job's output is not lost."""
+    """The first true value of `condition`, within `PATIENCE * seconds`; on the way the job's output is not lost."""
     try:
-        return wait_until(condition, seconds, what, every=0.2)
+        return wait_until(condition, PATIENCE * seconds, what, every=0.2)
     except AssertionError as error:
         logs = "".join(
             f"\n== {p}\n{p.read_text()[-1500:]}" for p in sorted(run.logs.rglob("*.log"))
@@ -97,6 +124,19 @@ def role_processes(cluster: Cluster, run: RunDir, words: str) -> list[psutil.Pro
     """Processes of the run's jobs whose command line holds `words`."""
     found = job_processes(cluster, jobs_of(run))
     return [process for process in found if words in command_line(process)]
+
+
+def kill_server(cluster: Cluster, run: RunDir, role: str, model: str) -> None:
+    """Kill the role's only server and wait until its agent has started it again."""
+    (server, *_) = [
+        p
+        for p in role_processes(cluster, run, "sglang_main")
+        if any(word.endswith(model) for word in p.cmdline())
+    ]
+    server.kill()
+    agent_log = run.role_logs(1, role) / "agent-0.log"
+    line = f"{role}-0 ended with signal SIGKILL and is started again (1 of 3)"
+    wait_for(run, lambda: line in agent_log.read_text(), 60, f"{role} to come back")
 
 
 def learner_ranks(cluster: Cluster, run: RunDir) -> list[psutil.Process]:

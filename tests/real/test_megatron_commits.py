@@ -45,6 +45,7 @@ def check_random(result: dict[str, Any], trials: int) -> None:
     assert len(result["commits_at_the_end"]) >= 2
 
 
+@pytest.mark.ci
 def test_200_kills_at_random_moments_always_leave_a_commit_that_loads(tmp_path: Path) -> None:
     """Every other save is beside the training."""
     check_random(run(tmp_path / "work", "random", 200), 200)

@@ -37,9 +37,10 @@ from tiny_servers import (
 
 from opd_megatron.config.schema import RolloutConfig
 from opd_megatron.errors import EXIT_RETRY, ContractError, ServerError
-from opd_megatron.serving.client import Sampling, SglangClient
+from opd_megatron.serving.client import SglangClient
 from opd_megatron.serving.keys import ServerKeys, new_keys
 from opd_megatron.serving.pool import ServerPool
+from opd_megatron.serving.requests import Sampling
 from opd_megatron.teacher.scoring import score_rollouts
 from opd_megatron.types import Rollout
 from opd_megatron.weight_sync.route import Offer

@@ -1,4 +1,4 @@
-"""Runs as jobs of a real Slurm: to the end through a requeue, and cancelled. What ends an attempt otherwise is slow."""
+"""Runs as jobs of a real Slurm: to the end through a requeue, and cancelled. Other ends: test_slurm_faults.py."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from opd_megatron.atomic import read_json
 from opd_megatron.launch.members import scratch_folder
 from opd_megatron.launch.slurm.queue import jobs_of
 
-pytestmark = [pytest.mark.real, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.real, pytest.mark.timeout(1200)]
 
 
 def test_a_signal_commits_and_requeues_and_the_run_goes_on_to_its_end(

@@ -13,16 +13,18 @@ import pytest
 import ssh_server
 from slurm_cluster import Cluster
 from slurm_runs import (
-    arguments_of,
+    check_whole,
     hosts,
+    last_step,
     log,
     opd,
     submit,
     wait_done,
     wait_for,
     wait_over,
+    whole_demo,
 )
-from whole_runs import ROOT, SMALL, check_finished
+from whole_runs import ROOT, SMALL
 
 from opd_megatron.config.recipes import resolve_recipe
 from opd_megatron.errors import ServerError
@@ -33,7 +35,7 @@ from opd_megatron.launch.slurm.submit import plan
 from opd_megatron.rundir import RunDir
 
 pytest.importorskip("nemo_run", reason="NO NEMO-RUN HERE: `make install-launch` adds it")
-pytestmark = [pytest.mark.real, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.real, pytest.mark.timeout(1200)]
 
 # What NeMo-Run would cut at the space, run, upper-case, or leak into a trace.
 HOSTILE = {"lower_case": "two words", "COMMAND": "$(touch hacked)", "QUOTES": 'it\'s "so"'}
@@ -45,42 +47,47 @@ def _timeless(script: str) -> str:
     return re.sub(r"opd_\d{10,}", "opd_TIME", script)
 
 
-def test_a_run_through_nemo_run_reaches_its_end_as_the_dry_run_said(
-    cluster: Cluster,
-    tmp_path: Path,
+@pytest.mark.ci
+@pytest.mark.timeout(2700)
+def test_the_whole_demo_through_nemo_run_is_what_the_dry_run_said_and_goes_on_after_a_signal(
+    cluster: Cluster, tmp_path: Path
 ) -> None:
     secret = tmp_path / "token"
     secret.write_text(SECRET + "\n")
     secret.chmod(0o600)
     settings = [
-        "steps=2",
-        f"cluster.secrets.MY_TOKEN={secret}",
+        *("checkpoint.every=100", f"cluster.secrets.MY_TOKEN={secret}"),
         *(f"cluster.environment.{name}={value}" for name, value in HOSTILE.items()),
         # Runs on every node, in the role's environment.
-        f"cluster.node_check=env -0 > {tmp_path}/$SLURMD_NODENAME.$SLURM_STEP_ID.env",
+        f"cluster.node_check=env -0 > {tmp_path}/$SLURM_STEP_ID.env",
     ]
-    target = str(tmp_path / "run")
-    dry = opd(cluster, *arguments_of(tmp_path, *settings, via="nemo-run"), "--dry-run")
-    assert not Path(target).exists()
-    run = submit(cluster, tmp_path, *settings, via="nemo-run")
+    arguments = whole_demo(tmp_path, "nemo-run", *settings)
+    dry = opd(cluster, *arguments, "--dry-run")
+    run = RunDir(tmp_path / "run")
+    assert not run.root.exists()
+    opd(cluster, *arguments)
     assert run.slurm.script.read_text() in dry
     (submitted,) = (run.slurm.root / "nemo-run").glob("experiments/*/*/*_sbatch.sh")
     assert _timeless(submitted.read_text()).strip() in _timeless(dry)
     assert opd(cluster, "status", str(run.root)).count("job ") == 1
-    wait_done(cluster, run)
-    check_finished(run, 2)
+    wait_for(run, lambda: last_step(run) >= 1, 300, "the first step")
     assert set(hosts(run, 1)) == {"learner-0", "rollout-0", "teacher-main-0"}
-    assert "the run is done" in log(run)
-    assert "step 2/2" in opd(cluster, "logs", str(run.root))
+    (job,) = jobs_of(run)
+    assert cluster.call("scancel", "--batch", "--signal=USR1", job).returncode == 0
+    wait_done(cluster, run, 800)
+    assert "USR1: asked the controller to commit and end" in log(run)
+    assert "resumed from step_" in log(run)
+    check_whole(run, attempts=2)
+    assert "step 60/60" in opd(cluster, "logs", str(run.root))
     status = opd(cluster, "status", str(run.root))
-    assert "COMPLETED" in status and "done" in status and "step 2 of 2" in status
+    assert "COMPLETED" in status and "restarts 1" in status and "step 60 of 60" in status
     _check_environment(tmp_path)
     _check_no_secret(run.root, dry)
 
 
 def _check_environment(folder: Path) -> None:
     files = list(folder.glob("*.env"))
-    assert len(files) == 4  # controller, learner, rollout, teacher
+    assert len(files) == 4  # controller, learner, rollout, teacher: the same steps in both attempts
     for path in files:
         lines = path.read_bytes().decode().split("\0")
         found = {name: value for name, _, value in (line.partition("=") for line in lines)}
@@ -99,13 +106,13 @@ def _check_no_secret(root: Path, dry: str) -> None:
 def test_a_failed_job_is_not_a_success(cluster: Cluster, tmp_path: Path) -> None:
     student = tmp_path / "student"
     shutil.copytree(ROOT / "recipes/demo/student", student)
-    run = submit(
-        cluster, tmp_path, f"student.path={student}", "cluster.setup=[sleep 1]", via="nemo-run"
-    )
-    (student / "config.json").write_text("{")
+    with cluster.paused():  # else the job may begin before the file is broken
+        run = submit(cluster, tmp_path, f"student.path={student}", via="nemo-run")
+        (student / "config.json").write_text("{")
     wait_over(cluster, run, 120)
     (job,) = jobs_of(run)
     assert "ExitCode=78:0" in cluster.call("scontrol", "show", "job", job).stdout, log(run)
+    assert "config.json" in log(run) and "restart 1" not in log(run)
     status = opd(cluster, "status", str(run.root))
     assert "FAILED" in status and "not done" in status
 
@@ -130,11 +137,11 @@ def test_a_run_is_carried_over_ssh_and_begins_on_the_other_side(
             *(f"cluster.ssh_job_dir={tmp_path}/there/jobs", f"cluster.python={sys.executable}"),
         ]
         done = subprocess.run(
-            arguments, env=here, cwd=ROOT, capture_output=True, text=True, timeout=120
+            arguments, env=here, cwd=ROOT, capture_output=True, text=True, timeout=300
         )
         assert done.returncode == 0, done.stdout + done.stderr
         again = subprocess.run(
-            arguments, env=here, cwd=ROOT, capture_output=True, text=True, timeout=120
+            arguments, env=here, cwd=ROOT, capture_output=True, text=True, timeout=300
         )
         assert again.returncode == 75, "a run that is there is not written over"
     (job,) = jobs_of(run)

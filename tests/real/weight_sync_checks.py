@@ -15,8 +15,9 @@ from opd_megatron.controller.publishing import Publisher
 from opd_megatron.controller.roles import Roles
 from opd_megatron.observe.console import RunConsole
 from opd_megatron.rundir import RunDir
-from opd_megatron.serving.client import NO_VERSION, Sampling, SglangClient
+from opd_megatron.serving.client import NO_VERSION, SglangClient
 from opd_megatron.serving.pool import ServerPool
+from opd_megatron.serving.requests import Sampling
 from opd_megatron.weight_sync.broadcast import BroadcastRoute
 from opd_megatron.weight_sync.route import hold, let_go
 

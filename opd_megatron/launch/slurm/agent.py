@@ -7,7 +7,7 @@ the run directory. How an agent ends:
 
     a process of its role ends          that code of the role: 75, or 78 when the process said so; its log is shown
     ... a server, once all roles are up no end: it is started again in its place, `max_restarts` times
-    attempts/N/ended is there           0, after everything it started is gone
+    attempts/N/ended is there           0, after everything it started is gone; the controller's agent 75
     the controller ends                 its code, written to attempts/N/ended (the controller's agent only)
     SIGTERM, SIGINT, SIGUSR1            not at all: the request to stop is put down for the controller, which commits
                                         and ends; the others are needed until then, so Slurm's SIGTERM, which goes to
@@ -27,20 +27,18 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 from opd_megatron.atomic import write_bytes
-from opd_megatron.config.run_yaml import read_run_yaml
-from opd_megatron.config.schema import Recipe
 from opd_megatron.errors import EXIT_DONE, EXIT_RETRY, ConfigError, OpdError, RoleDied
 from opd_megatron.launch.gpus import visible_gpus
 from opd_megatron.launch.members import remove_scratch, scratch
 from opd_megatron.launch.ports import PortReservations
 from opd_megatron.launch.preflight import check_machine
 from opd_megatron.launch.slurm import commands, nodes, secrets
-from opd_megatron.launch.slurm.table import CONTROLLER, LEARNER, Frozen, Role, read_table
+from opd_megatron.launch.slurm.place import Place, open_place
+from opd_megatron.launch.slurm.table import CONTROLLER, LEARNER
 from opd_megatron.launch.stacks import dump_stacks
 from opd_megatron.launch.supervisor import Interrupted, MainSigns, Supervisor
 from opd_megatron.rundir import AttemptDir, RunDir
@@ -48,23 +46,6 @@ from opd_megatron.rundir import AttemptDir, RunDir
 _CHECK_TIMEOUT_S = 120
 # Of bash: not executable, not found.
 _NOT_RUN = (126, 127)
-
-
-@dataclass(frozen=True)
-class Place:
-    """What an agent knows: the run, its role, and where it stands."""
-
-    run: RunDir
-    attempt: AttemptDir
-    recipe: Recipe
-    frozen: Frozen
-    role: Role
-    index: int
-    address: str
-
-    @property
-    def alone(self) -> bool:
-        return self.frozen.table.nodes == 1
 
 
 def say(text: str) -> None:
@@ -190,7 +171,7 @@ def _run_controller(place: Place, roles: Supervisor) -> int:
     attempt = place.attempt
     commands.write_all_endpoints(place)
     roles.start(commands.controller(place))
-    code = roles.watch(CONTROLLER, signs_of(place))
+    code = roles.watch(CONTROLLER, signs_of(place), attempt.ended.exists)
     if code == EXIT_DONE:
         write_bytes(place.run.done, f"attempt {attempt.number}\n".encode())
     return code
@@ -221,20 +202,6 @@ def end_attempt(attempt: AttemptDir, code: int) -> None:
     write_bytes(attempt.ended, f"{code}\n".encode(), durable=False)
 
 
-def open_place(run: RunDir, number: int, name: str, index: int) -> Place:
-    frozen = read_table(run.slurm.table)
-    alone = frozen.table.nodes == 1
-    return Place(
-        run=run,
-        attempt=run.attempt(number),
-        recipe=read_run_yaml(run.run_yaml),
-        frozen=frozen,
-        role=frozen.table.role(name),
-        index=index,
-        address=nodes.own_address(frozen.interface, alone),
-    )
-
-
 def node_index(environment: Mapping[str, str]) -> int:
     return int(environment.get("SLURM_PROCID", "0"))
 
@@ -263,8 +230,10 @@ def main(argv: list[str] | None = None) -> int:
         say(f"{arguments.role} on {nodes.node_name()}: {error}")
         code = error.exit_code
     finally:
-        if arguments.role == CONTROLLER:
-            end_attempt(run.attempt(arguments.attempt), code)
+        attempt = run.attempt(arguments.attempt)
+        # Who ended it before knows why.
+        if arguments.role == CONTROLLER and not attempt.ended.exists():
+            end_attempt(attempt, code)
     return code
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from opd_megatron.launch.ports import PortReservations
+from opd_megatron.launch.role_command import RoleCommand
 from opd_megatron.launch.roles import (
     Server,
     controller_role,
@@ -17,11 +17,8 @@ from opd_megatron.launch.roles import (
 )
 from opd_megatron.launch.roles import write_endpoints as write_endpoint_file
 from opd_megatron.launch.slurm import nodes
+from opd_megatron.launch.slurm.place import Place
 from opd_megatron.launch.slurm.table import LEARNER
-from opd_megatron.launch.supervisor import RoleCommand
-
-if TYPE_CHECKING:
-    from opd_megatron.launch.slurm.agent import Place
 
 
 def visible_devices(place: Place, local: int, each: int) -> str:

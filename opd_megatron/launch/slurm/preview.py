@@ -9,13 +9,13 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from opd_megatron.launch.role_command import RoleCommand
 from opd_megatron.launch.roles import Server, servers_by_role
 from opd_megatron.launch.slurm import commands
-from opd_megatron.launch.slurm.agent import Place
+from opd_megatron.launch.slurm.place import Place
 from opd_megatron.launch.slurm.render import python_of, words
 from opd_megatron.launch.slurm.submit import Job
 from opd_megatron.launch.slurm.table import CONTROLLER, LEARNER, Role, freeze
-from opd_megatron.launch.supervisor import RoleCommand
 from opd_megatron.serving.command import LOOPBACK
 
 ADDRESS, AGENT_PID = "NODE_ADDRESS", "AGENT_PID"

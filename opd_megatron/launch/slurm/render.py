@@ -27,7 +27,7 @@ _NOT_IN_PATHS = ("%",)
 
 @dataclass(frozen=True)
 class Step:
-    """One `srun`: what the template prints for a role."""
+    """One `srun`: what the template prints for a role, or for all nodes."""
 
     name: str
     nodes: int
@@ -135,26 +135,44 @@ def _container(site: Site, run: RunDir, variables: Sequence[str]) -> list[str]:
     return [*options, f"--container-env={','.join(variables)}"] if variables else options
 
 
-def _srun(site: Site, table: RoleTable, run: RunDir, role: Role, log: bool) -> str:
-    where = (
-        [f"--het-group={role.component}"]
-        if len(table.components) > 1
-        else [f"--relative={role.first_node}"]
-    )
-    options = [
-        "--overlap",
-        *where,
-        *(f"--nodes={role.nodes}", f"--ntasks={role.nodes}", "--ntasks-per-node=1"),
-        *("--kill-on-bad-exit=1", "--unbuffered", "--input=none"),
+def _srun(site: Site, table: RoleTable, run: RunDir, role: Role, output: str = "") -> str:
+    """Options of the step of a role: one agent a node, and the role ends where one of them fails."""
+    where = _where(table, role.component, role.first_node, role.nodes)
+    ends = ["--kill-on-bad-exit=1", "--unbuffered"]
+    return words([*where, *ends, *_shared(site, run, bool(role.devices))]) + output
+
+
+def _where(table: RoleTable, component: int, first_node: int, nodes: int) -> list[str]:
+    """One task a node."""
+    place = f"--het-group={component}" if len(table.components) > 1 else f"--relative={first_node}"
+    return ["--overlap", place, f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"]
+
+
+def _shared(site: Site, run: RunDir, gpus: bool) -> list[str]:
+    """What every step gets, whatever it runs."""
+    return [
+        "--input=none",
         # One task a node starts all its processes: a site that binds tasks would put them on one core.
         "--cpu-bind=none",
         *([f"--mem={site.memory}"] if site.memory else []),
-        *(gpu_flag(site) if role.devices else []),
+        *(gpu_flag(site) if gpus else []),
         *site.srun_options,
         *_container(site, run, sorted(site.environment)),
     ]
-    output = f' --output="$run/logs/attempt_$attempt/{role.name}/agent-%t.log" --open-mode=append'
-    return words(options) + (output if log else "")
+
+
+def calls_of(site: Site, table: RoleTable, run: RunDir) -> list[Step]:
+    """One step over all nodes (of a component), in which each says that it is there. A folder follows its command."""
+    # A file, since the shared file system is one of the things that a node may lack.
+    command = words(["sh", "-c", ': >"$0/$SLURMD_NODENAME"'])
+    # Whatever the site's default: who is late or fails must not end the others.
+    ends = ["--kill-on-bad-exit=0", "--wait=0"]
+    found: list[Step] = []
+    for number, component in enumerate(table.components):
+        where = _where(table, number, 0, component.nodes)
+        srun = words([*where, *ends, *_shared(site, run, gpus=False)])
+        found.append(Step("call", component.nodes, 0, 0, srun, command))
+    return found
 
 
 def python_of(site: Site) -> str:
@@ -172,12 +190,20 @@ def steps_of(site: Site, table: RoleTable, run: RunDir) -> tuple[list[Step], Ste
             *("--run-dir", str(run.root), "--role", role.name),
         ]
         # The controller's output is the job's.
-        srun = _srun(site, table, run, role, log=role.name != CONTROLLER)
+        log = f' --output="$run/logs/attempt_$attempt/{role.name}/agent-%t.log" --open-mode=append'
+        srun = _srun(site, table, run, role, log if role.name != CONTROLLER else "")
         found.append(Step(role.name, role.nodes, role.first_node, role.devices, srun, words(argv)))
     controller = table.role(CONTROLLER)
     argv = [python, "-m", "opd_megatron.launch.slurm.begin", "--run-dir", str(run.root)]
-    srun = _srun(site, table, run, controller, log=False)
+    srun = _srun(site, table, run, controller)
     return found, Step("begin", 1, 0, 0, srun, words(argv))
+
+
+def _nodelists(table: RoleTable) -> str:
+    """Shell words: Slurm's variables that hold the job's nodes."""
+    if len(table.components) == 1:
+        return '"$SLURM_JOB_NODELIST"'
+    return " ".join(f'"$SLURM_JOB_NODELIST_HET_GROUP_{i}"' for i in range(len(table.components)))
 
 
 def render(site: Site, table: RoleTable, run: RunDir, job_name: str) -> str:
@@ -207,6 +233,9 @@ def render(site: Site, table: RoleTable, run: RunDir, job_name: str) -> str:
         environment=sorted(site.environment.items()),
         roles=steps,
         begin=begin,
+        calls=calls_of(site, table, run),
+        node_start_timeout_s=site.node_start_timeout_s,
+        nodelists=_nodelists(table),
         requeue=site.requeue,
         exclude=site.exclude,
         server_restarts=site.server_restarts,

@@ -54,6 +54,7 @@ class Site:
         cpus_per_node: asked for on every node; 0: not asked for.
         devices_per_numa_node: GPUs that hang on one NUMA node, to which their processes are bound; 0: no binding.
         interface: network interface whose address the servers bind; empty: the address of the node's name.
+        node_start_timeout_s: how long a node may take for its first step, in which a container is fetched.
         grace_s: how long before the time limit the run is told to commit.
         max_idle_attempts: attempts in a row without a new commit after which the job gives up.
         server_restarts: how often a dead server role is started again within an attempt.
@@ -91,6 +92,7 @@ class Site:
     container_mounts: list[str] = field(default_factory=list[str])
     sbatch_options: list[str] = field(default_factory=list[str])
     srun_options: list[str] = field(default_factory=list[str])
+    node_start_timeout_s: int = 900
     grace_s: int = 300
     max_idle_attempts: int = 3
     server_restarts: int = 0
@@ -127,6 +129,7 @@ _LOWEST = {
     "domain_nodes": 0,
     "devices_per_numa_node": 0,
     "grace_s": 0,
+    "node_start_timeout_s": 1,
     "max_idle_attempts": 1,
     "server_restarts": 0,
 }

@@ -134,6 +134,8 @@ def resume(run: RunDir) -> str:
 def _without_bad_nodes(run: RunDir) -> list[str]:
     """Options of sbatch. The command line wins over the script's own `--exclude`, so both are said."""
     path = run.slurm.bad_nodes
-    bad = sorted(set(path.read_text().split())) if path.exists() else []
-    of_site = [name for name in [read_table(run.slurm.table).exclude] if name]
-    return [f"--exclude={','.join([*bad, *of_site])}"] if bad else []
+    if not path.exists():
+        return []
+    of_site = read_table(run.slurm.table).exclude
+    bad = sorted(set(path.read_text().split()))
+    return [f"--exclude={','.join([*bad, of_site] if of_site else bad)}"] if bad else []

@@ -55,9 +55,30 @@ def test_show_prints_yaml_with_derived_numbers_as_comments(
 ) -> None:
     text = opd(capsys, "recipes", "show", BF16, "batch.prompts_per_step=64")
     assert "# 32 GPUs: learner 8, rollout 16, teacher-main 8" in text
+    assert "# its file says, without these overrides:\n# Reproduces: " in text
+    assert "# Memory: not run here; planned GiB of a GPU's 173: learner 36" in text
+    assert "without these" not in opd(capsys, "recipes", "show", BF16)
     assert "= 256 samples a step" in text
     assert "# samples of at most 1024 + 8192 tokens, 9216 tokens a micro-batch" in text
     assert yaml.safe_load(text)["batch"]["prompts_per_step"] == 64
+
+
+@pytest.mark.parametrize(
+    ("docstring", "encoding", "shown"),
+    [
+        ('"""Mine: é.\n\nSource: é."""', "utf-8-sig", "# Source: é."),
+        ('# -*- coding: latin-1 -*-\n"""Mine: é.\n\nSource: é."""', "latin-1", "# Source: é."),
+        ('"""Mine: é."""', "utf-8", "# recipe mine: Mine: é."),
+        ("", "utf-8", "# recipe mine: "),
+    ],
+)
+def test_show_prints_what_a_file_of_ones_own_says(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, docstring: str, encoding: str, shown: str
+) -> None:
+    path = tmp_path / "mine.py"
+    code = "from recipes.families.demo import addition as recipe\n"
+    path.write_text(f"{docstring}\n{code}", encoding=encoding)
+    assert shown.strip() in opd(capsys, "recipes", "show", str(path))
 
 
 def test_diff_shows_only_what_differs(capsys: pytest.CaptureFixture[str]) -> None:

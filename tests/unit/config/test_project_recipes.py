@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-from opd_megatron.config.overrides import apply_overrides, change, from_mapping, leaf_type
+from opd_megatron.config.overrides import (
+    apply_overrides,
+    change,
+    changed_leaves,
+    from_mapping,
+    leaf_type,
+)
 from opd_megatron.config.recipe_facts import facts_of, parse_name, precision_of, size_of, word_of
-from opd_megatron.config.recipes import find_recipes, load_recipe
+from opd_megatron.config.recipes import about_recipe, find_recipes, load_recipe
 from opd_megatron.config.rules import check
 from opd_megatron.config.schema import Recipe
 from opd_megatron.errors import ConfigError
 from opd_megatron.launch.offline import check_offline
+from opd_megatron.observe.metric_table import METRICS
 
 ROOT = Path(__file__).resolve().parents[3]
 RECIPES = find_recipes()
-MAX_LINES = 40
+LINES = range(25, 41)
 
 
 def _golden() -> ModuleType:
@@ -54,9 +62,43 @@ def test_a_name_says_what_the_recipe_is(name: str) -> None:
 @pytest.mark.parametrize("path", RECIPES.values(), ids=lambda path: path.stem)
 def test_a_recipe_is_short_and_says_where_it_is_from(path: Path) -> None:
     text = path.read_text()
-    assert len(text.splitlines()) <= MAX_LINES
+    assert len(text.splitlines()) in LINES
+    said = dict(re.findall(r"^(\w+): (.*)", about_recipe(path), re.M))
+    heads = {"Source", "Expected", "Memory", "Speed", "Run"}
     if parse_name(path.stem):
-        assert all(word in text for word in ("Reproduces:", "Source:", "Expected:", "not run here"))
+        assert said.keys() >= {*heads, "Reproduces", "Prompts"}
+        assert all(said[head].startswith("not run here") for head in ("Memory", "Speed"))
+        assert said["Prompts"].split()[0] in load_recipe(str(path))[0].data.train
+        assert f"opd submit {path.stem} --cluster" in said["Run"]
+    else:
+        assert said.keys() >= {*heads, "Shows"}
+        assert all("measured once" in said[head] for head in ("Memory", "Speed"))
+        assert f"opd run {path.stem}" in said["Run"]
+
+
+@pytest.mark.parametrize("path", RECIPES.values(), ids=lambda path: path.stem)
+def test_what_a_recipe_names_is_there(path: Path) -> None:
+    about = about_recipe(path)
+    names = {metric.name.removesuffix("/<teacher>") for metric in METRICS}
+    teachers = {f"teacher/share/{teacher}" for teacher in load_recipe(str(path))[0].teachers}
+    found = re.findall(r"\b(?:train|teacher|eval|rollout|offpolicy|task)/[\w/]*\w", about)
+    assert set(found) <= names | teachers
+    assert set(re.findall(r"^At scale: (.*)$", about, re.M)) <= RECIPES.keys()
+    assert all((ROOT / page).is_file() for page in re.findall(r"docs/[\w/.-]+\.md", about))
+
+
+@pytest.mark.parametrize("path", RECIPES.values(), ids=lambda path: path.stem)
+def test_a_recipe_that_says_it_needs_allow_biased_does(path: Path) -> None:
+    recipe, _ = load_recipe(str(path))
+    assert ("needs `allow_biased`" in about_recipe(path)) == recipe.objective.allow_biased
+    if recipe.objective.allow_biased:
+        with pytest.raises(ConfigError, match="allow_biased"):
+            check_offline(change(recipe, {"objective.allow_biased": False}))
+
+
+def test_the_demo_shows_keys_of_its_family_and_changes_none() -> None:
+    demo, other = load_recipe("demo")[0], load_recipe("demo_hellinger")[0]
+    assert set(changed_leaves(demo, other)) == {"name", "summary", "objective.divergence"}
 
 
 def test_golden_files_and_the_table_are_current() -> None:
@@ -64,6 +106,8 @@ def test_golden_files_and_the_table_are_current() -> None:
     on_disk = {path.name: path.read_text() for path in golden.FOLDER.iterdir()}
     assert on_disk == golden.golden_files(), "run `make golden` and read the diff"
     assert golden.PAGE.read_text() == golden.page(), "run `make golden`"
+    for path in RECIPES.values():
+        assert path.read_text() == golden.recipe_text(path), "run `make golden`"
 
 
 @pytest.mark.parametrize("name", RECIPES)

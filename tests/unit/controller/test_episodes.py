@@ -24,8 +24,8 @@ from opd_megatron.eval.grading import make_grader
 from opd_megatron.exchange.batch_file import read_index, read_whole, write_batch
 from opd_megatron.exchange.staleness import check_staleness
 from opd_megatron.losses.settings import LISTED_SUPPORTS
-from opd_megatron.serving.client import Sampling
 from opd_megatron.serving.contract import Generation
+from opd_megatron.serving.requests import Sampling
 from opd_megatron.types import Prompt, Rollout, Sample, TeacherScores
 
 IM_START, IM_END = 2, 3

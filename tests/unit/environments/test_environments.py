@@ -8,7 +8,8 @@ import pytest
 
 from opd_megatron.config.schema import EnvironmentConfig
 from opd_megatron.environments import try_again
-from opd_megatron.environments.environment import ENVIRONMENTS, Step, environment_maker
+from opd_megatron.environments.catalog import environment_maker
+from opd_megatron.environments.environment import ENVIRONMENTS, Step
 from opd_megatron.errors import ConfigError, DataError
 from opd_megatron.eval import grading
 from opd_megatron.eval.grading import Grader

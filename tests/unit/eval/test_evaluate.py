@@ -19,8 +19,8 @@ from opd_megatron.eval.evaluate import (
     evaluate_kl,
 )
 from opd_megatron.eval.grading import make_grader
-from opd_megatron.serving.client import Sampling
 from opd_megatron.serving.contract import Generation, ScoredResponse
+from opd_megatron.serving.requests import Sampling
 from opd_megatron.types import Prompt, Rollout
 
 SAMPLING = Sampling(temperature=1.0, max_new_tokens=20)

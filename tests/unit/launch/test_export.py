@@ -17,7 +17,8 @@ from opd_megatron.config.rules import problems
 from opd_megatron.config.schema import LearnerConfig, Recipe, TeacherConfig
 from opd_megatron.errors import RoleDied
 from opd_megatron.launch.export import _watched, on_one_rank
-from opd_megatron.launch.supervisor import Interrupted, RoleCommand, Supervisor
+from opd_megatron.launch.role_command import RoleCommand
+from opd_megatron.launch.supervisor import Interrupted, Supervisor
 
 
 def test_a_run_in_any_layout_is_exported_by_one_rank() -> None:

@@ -17,8 +17,9 @@ import pytest
 from opd_megatron.config.schema import Recipe, ServerConfig
 from opd_megatron.errors import ConfigError, RoleDied
 from opd_megatron.launch.members import ATTEMPT_VARIABLE, scratch, scratch_folder
+from opd_megatron.launch.role_command import RoleCommand
 from opd_megatron.launch.roles import Server, server_role
-from opd_megatron.launch.supervisor import MainSigns, RoleCommand, Supervisor
+from opd_megatron.launch.supervisor import MainSigns, Supervisor
 from opd_megatron.lifeline import Pulse, beat
 from opd_megatron.rundir import RunDir
 from opd_megatron.serving.keys import new_keys, write_keys
@@ -107,7 +108,8 @@ def supervised(identity: str, folder: Path) -> str:
     return f"""
 import sys, psutil
 from pathlib import Path
-from opd_megatron.launch.supervisor import Interrupted, RoleCommand, Supervisor
+from opd_megatron.launch.role_command import RoleCommand
+from opd_megatron.launch.supervisor import Interrupted, Supervisor
 sleep = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
 try:
     with Supervisor({identity!r}) as s:

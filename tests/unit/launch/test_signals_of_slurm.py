@@ -15,7 +15,8 @@ import pytest
 
 from opd_megatron.controller.stop import ended_by_stop
 from opd_megatron.errors import Preempted
-from opd_megatron.launch.supervisor import RoleCommand, Supervisor
+from opd_megatron.launch.role_command import RoleCommand
+from opd_megatron.launch.supervisor import Supervisor
 from opd_megatron.rundir import RunDir
 
 # As an SGLang server or torchrun does: a handler of its own ends it.

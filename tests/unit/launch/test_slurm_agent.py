@@ -14,6 +14,7 @@ from opd_megatron.config.schema import LearnerConfig, ServerConfig
 from opd_megatron.errors import ConfigError, RoleDied
 from opd_megatron.launch.ports import PortReservations
 from opd_megatron.launch.slurm import agent, commands, nodes
+from opd_megatron.launch.slurm.place import open_place
 from opd_megatron.launch.slurm.site import load_site
 from opd_megatron.launch.slurm.table import role_table, write_table
 from opd_megatron.rundir import RunDir
@@ -43,7 +44,7 @@ def run(tmp_path: Path) -> RunDir:
 
 
 def test_servers_of_a_node_share_its_gpus_and_stay_near_them(run: RunDir) -> None:
-    place = agent.open_place(run, 1, "rollout", 0)
+    place = open_place(run, 1, "rollout", 0)
     with PortReservations(place.address) as ports:
         first, second = commands.servers(place, "agent", ports)
     assert [c.environment["CUDA_VISIBLE_DEVICES"] for c in (first, second)] == ["0,1", "2,3"]
@@ -51,19 +52,19 @@ def test_servers_of_a_node_share_its_gpus_and_stay_near_them(run: RunDir) -> Non
     assert list(second.argv[:3]) == ["numactl", "--cpunodebind=1", "--membind=1"]
     assert first.argv[first.argv.index("--host") + 1] == "127.0.0.1"
     # The last one has the second node for itself, up to the teacher.
-    (third,) = commands.servers(agent.open_place(run, 1, "rollout", 1), "agent", PortReservations())
+    (third,) = commands.servers(open_place(run, 1, "rollout", 1), "agent", PortReservations())
     assert third.environment["CUDA_VISIBLE_DEVICES"] == "0,1"
     assert third.name == "rollout-2"
 
 
 def test_gpus_are_those_that_slurm_gave(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
-    place = agent.open_place(run, 1, "rollout", 0)
+    place = open_place(run, 1, "rollout", 0)
     assert commands.visible_devices(place, 1, 2) == "6,7"
 
 
 def test_a_role_that_starts_again_comes_back_to_its_ports(run: RunDir) -> None:
-    place = agent.open_place(run, 1, "rollout", 0)
+    place = open_place(run, 1, "rollout", 0)
     path = nodes.path_of(place.attempt.nodes, "rollout", 0)
     with PortReservations(place.address) as ports:
         commands.servers(place, "first", ports)
@@ -79,7 +80,7 @@ def test_a_role_that_starts_again_comes_back_to_its_ports(run: RunDir) -> None:
 def test_the_learners_nodes_meet_at_the_first(run: RunDir) -> None:
     argv: list[list[str]] = []
     for index in (0, 1):
-        place = agent.open_place(run, 1, "learner", index)
+        place = open_place(run, 1, "learner", index)
         with PortReservations(place.address) as ports:
             command = commands.learner(place, "agent", ports)
         argv.append(list(command.argv))
@@ -99,7 +100,7 @@ def test_nccl_talks_over_the_interface_of_the_site_everywhere(
     run: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """New weights go from the learner to servers on other nodes."""
-    place = agent.open_place(run, 1, "rollout", 0)
+    place = open_place(run, 1, "rollout", 0)
     assert commands.nccl_environment(place) == {"NCCL_SOCKET_IFNAME": "lo"}
     with PortReservations(place.address) as ports:
         assert commands.servers(place, "a", ports)[0].environment["NCCL_SOCKET_IFNAME"] == "lo"
@@ -115,7 +116,7 @@ def test_a_node_without_numactl_is_no_bad_node(
     monkeypatch.setattr(agent, "check_machine", lambda _: None)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match=r"devices_per_numa_node=2: needs numactl"):
-        agent.check_node(agent.open_place(run, 1, "learner", 0))
+        agent.check_node(open_place(run, 1, "learner", 0))
     assert not run.slurm.bad_nodes.exists()
 
 
@@ -130,7 +131,7 @@ def test_a_node_with_too_few_gpus_is_left_out(
     monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
     monkeypatch.setenv("SLURMD_NODENAME", "gb07")
     with pytest.raises(RoleDied, match="node gb07 is left out from now on"):
-        agent.check_node(agent.open_place(run, 1, "learner", 0))
+        agent.check_node(open_place(run, 1, "learner", 0))
     assert run.slurm.bad_nodes.read_text() == "gb07\n"
 
 
@@ -138,14 +139,14 @@ def test_a_node_check_that_hangs_is_a_bad_node(
     run: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(agent, "_CHECK_TIMEOUT_S", 0.2)
-    place = agent.open_place(run, 1, "learner", 0)
+    place = open_place(run, 1, "learner", 0)
     hanging = dataclasses.replace(place.frozen, node_check="exec sleep 60")
     with pytest.raises(RoleDied, match=r"cluster\.node_check did not end in"):
         agent.check_node(dataclasses.replace(place, frozen=hanging))
 
 
 def test_a_node_check_that_is_no_command_says_nothing_of_the_node(run: RunDir) -> None:
-    place = agent.open_place(run, 1, "learner", 0)
+    place = open_place(run, 1, "learner", 0)
     wrong = dataclasses.replace(place.frozen, node_check="nvidia-smy -L")
     with pytest.raises(ConfigError, match=r"cluster\.node_check='nvidia-smy -L': can not be run"):
         agent.check_node(dataclasses.replace(place, frozen=wrong))

@@ -17,8 +17,16 @@ from opd_megatron.launch.slurm.site import Site
 from opd_megatron.launch.slurm.table import CONTROLLER, LEARNER, Component, Role, RoleTable
 from opd_megatron.rundir import RunDir
 
-# The controller ends as it is told to; every other role with it.
+# The controller ends as it is told to; every other role with it. Of the nodes n1 to n4 `$SILENT` do not start a thing;
+# `$MEANWHILE` happens while they are called.
 _SRUN = """
+if [[ $* == */arrived/7 ]]; then
+    echo call >>"$CALLS"
+    for node in n1 n2 n3 n4; do [[ " ${SILENT:-} " == *" $node "* ]] || touch "${@: -1}/$node"; done
+    eval "${MEANWHILE:-}"
+    [[ -z ${SILENT:-} ]]
+    exit
+fi
 [[ $* == *opd_megatron.launch.slurm.begin* ]] && { printf "$BEGIN"; exit 0; }
 echo "$*" >>"$CALLS"
 [[ $* == *"--role controller"* ]] && exit 75
@@ -26,9 +34,14 @@ exit 0
 """
 # Fails `$BUSY` times before it answers.
 _SCONTROL = """
+[[ $1 == show && $2 == hostnames ]] && { [[ -z ${NO_NAMES:-} ]] && tr , '\\n' <<<"$3"; exit; }
 echo "scontrol $*" >>"$CALLS"
 (($(grep -c '^scontrol' "$CALLS") > ${BUSY:-0})) || { echo 'Socket timed out' >&2; exit 1; }
 [[ $1 == requeue ]] || printf "$STATE"
+"""
+_SBATCH = """
+echo "sbatch $*" >>"$CALLS"
+echo 8
 """
 _SQUEUE = """
 echo "squeue" >>"$CALLS"
@@ -53,6 +66,7 @@ class Scene:
                 "PATH": f"{self.folder}/bin:{os.environ['PATH']}",
                 "CALLS": str(calls),
                 "SLURM_JOB_ID": "7",
+                "SLURM_JOB_NODELIST": "n1,n2,n3,n4",
                 "BEGIN": "1\\n",
                 "STATE": RUNNING,
                 **environment,
@@ -72,10 +86,12 @@ def scene(tmp_path: Path) -> Scene:
         (run.root / "attempts" / number).mkdir(parents=True)
     run.slurm.root.mkdir()
     roles = (Role(CONTROLLER, 1, 0, 0, 0, 0, 1, 1), Role(LEARNER, 1, 0, 0, 1, 0, 1, 1))
-    run.slurm.script.write_text(render(Site(), RoleTable(roles, (Component(1),)), run, "opd-x"))
+    run.slurm.script.write_text(render(Site(), RoleTable(roles, (Component(4),)), run, "opd-x"))
     programs = tmp_path / "bin"
     programs.mkdir()
-    for name, body in (("srun", _SRUN), ("scontrol", _SCONTROL), ("squeue", _SQUEUE)):
+    for name, body in {
+        "srun": _SRUN, "scontrol": _SCONTROL, "squeue": _SQUEUE, "sbatch": _SBATCH
+    }.items():  # fmt: skip
         (programs / name).write_text(f"#!/bin/bash{body}")
     (programs / "sleep").write_text("#!/bin/bash\nexit 0\n")
     for path in programs.iterdir():
@@ -145,3 +161,74 @@ def test_an_owner_nobody_can_tell_of_is_no_configuration_error(scene: Scene) -> 
     assert calls.count("squeue") == 8
     assert "Slurm can not say whether job 5 is alive" in output and code == 75
     assert "attempt 1\n" not in output and "scontrol requeue 7" in calls
+
+
+@pytest.mark.parametrize("silent", ["n3", "n2 n4"])
+def test_nodes_on_which_nothing_starts_are_left_out(scene: Scene, silent: str) -> None:
+    """A container that does not start there, a file system that is not mounted."""
+    code, output, calls = scene.job(SILENT=silent)
+    assert f"left out from now on: {silent}" in output and code == 75
+    assert scene.run.slurm.bad_nodes.read_text().split() == silent.split()
+    without = f"--exclude={silent.replace(' ', ',')}"
+    assert [call for call in calls if call.startswith("sbatch") and without in call] != []
+    assert calls.count("call") == 2, "they were asked twice"
+    assert "attempt 1\n" not in output, "no role was started"
+
+
+def test_nodes_of_every_component_are_looked_at(scene: Scene) -> None:
+    roles = tuple(Role(n, 2, 0, i, 0, 0, 1, 2) for i, n in enumerate((CONTROLLER, LEARNER)))
+    table = RoleTable(roles, (Component(2), Component(2)))
+    scene.run.slurm.script.write_text(render(Site(), table, scene.run, "opd-x"))
+    groups = {
+        f"SLURM_JOB_NODELIST_HET_GROUP_{i}": nodes for i, nodes in enumerate(("n1,n2", "n3,n4"))
+    }
+    _, output, calls = scene.job(SILENT="n4", **groups)
+    assert "left out from now on: n4" in output
+    assert calls.count("call") == 4
+
+
+def test_most_nodes_are_not_blamed_for_what_is_wrong_with_the_job(scene: Scene) -> None:
+    code, output, calls = scene.job(SILENT="n1 n2 n4")
+    assert "nothing starts on n1 n2 n4" in output and code == 75
+    assert not scene.run.slurm.bad_nodes.exists()
+    assert "scontrol requeue 7" in calls
+
+
+def test_no_node_is_blamed_where_slurm_does_not_name_them(scene: Scene) -> None:
+    code, output, _ = scene.job(SILENT="n3", NO_NAMES="1")
+    assert "nothing starts on any node" in output and code == 75
+    assert not scene.run.slurm.bad_nodes.exists()
+
+
+@pytest.mark.parametrize(
+    "reason",
+    [
+        {"STATE": "JobId=7 JobState=RUNNING PreemptTime=2026-01-01T00:00:00\\n"},
+        {"MEANWHILE": "kill -TERM $(ps -o ppid= $(ps -o ppid= $(ps -o ppid= $$)))"},
+    ],
+    ids=["pre-emption with notice", "SIGTERM"],
+)
+def test_nodes_are_not_blamed_when_slurm_ended_the_call(
+    scene: Scene, reason: dict[str, str]
+) -> None:
+    code, output, calls = scene.job(SILENT="n3", **reason)
+    assert "nothing starts" not in output and code == 75
+    assert not scene.run.slurm.bad_nodes.exists()
+    assert not (scene.run.slurm.root / "begin_failures").exists(), "it does not count"
+    assert "scontrol requeue 7" in calls
+
+
+def test_nodes_that_never_come_up_end_the_run_after_a_few_tries(scene: Scene) -> None:
+    codes = [scene.job(SILENT="n1 n2 n3 n4")[0] for _ in range(3)]
+    assert codes == [75, 75, 78]
+
+
+def test_bad_nodes_that_are_found_one_after_the_other_do_not_end_the_run(scene: Scene) -> None:
+    codes = [scene.job(SILENT=silent)[0] for silent in ("n1", "n2", "n3", "n4")]
+    assert codes == [75] * 4
+
+
+def test_a_job_that_took_the_run_meanwhile_is_left_alone(scene: Scene) -> None:
+    code, output, _ = scene.job(MEANWHILE=f"echo 5 >{scene.run.slurm.owner}", QUEUE="5 RUNNING\\n")
+    assert "job 5 is alive in" in output and code == 78
+    assert "attempt 1\n" not in output

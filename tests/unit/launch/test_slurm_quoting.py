@@ -32,6 +32,7 @@ _PIECES = [
 ]  # fmt: skip
 
 _SRUN = """#!/bin/bash
+[[ ${!#} == */arrived/* ]] && exit
 for ((i = 1; i <= $#; i++)); do [[ ${!i} == opd_megatron.launch.slurm.begin ]] && { echo 1; exit; }; done
 printf '%s\\0' "$@" >"$SEEN/$$.argv"
 env -0 >"$SEEN/$$.env"

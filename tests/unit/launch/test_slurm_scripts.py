@@ -78,10 +78,11 @@ CASES = {
 RUN = RunDir(Path("/lustre/runs/big"))
 
 
-def _compare(path: Path, text: str) -> None:
+def _golden(path: Path, text: str) -> str:
+    """What the file holds; GOLDEN=write makes that the text."""
     if os.environ.get("GOLDEN") == "write":
         path.write_text(text)
-    assert text == path.read_text()
+    return path.read_text()
 
 
 def _previews(name: str) -> list[Preview]:
@@ -93,7 +94,8 @@ def _previews(name: str) -> list[Preview]:
 def test_script_is_the_golden_one(name: str) -> None:
     job, where = CASES[name]
     path = GOLDEN / f"{name}.sh"
-    _compare(path, render(where, role_table(job, where), RUN, "opd-big"))
+    text = render(where, role_table(job, where), RUN, "opd-big")
+    assert text == _golden(path, text)
     subprocess.run(["bash", "-n", str(path)], check=True)
 
 
@@ -102,7 +104,8 @@ def test_what_the_nodes_start_is_the_golden_one(name: str, monkeypatch: pytest.M
     """GPUs, NUMA nodes, interfaces, the learner's world."""
     for variable in ("CUDA_VISIBLE_DEVICES", "NCCL_SOCKET_IFNAME"):
         monkeypatch.delenv(variable, raising=False)
-    _compare(GOLDEN / f"{name}.commands", "".join(f"{p.line()}\n" for p in _previews(name)))
+    text = "".join(f"{p.line()}\n" for p in _previews(name))
+    assert text == _golden(GOLDEN / f"{name}.commands", text)
 
 
 def test_the_dry_run_shows_every_process_with_its_node_and_gpus() -> None:

@@ -19,7 +19,8 @@ from opd_megatron.errors import ConfigError, RoleDied
 from opd_megatron.launch import lock
 from opd_megatron.launch.members import ATTEMPT_VARIABLE, kill_attempt
 from opd_megatron.launch.ports import PortReservations
-from opd_megatron.launch.supervisor import MainSigns, RoleCommand, Supervisor, tail
+from opd_megatron.launch.role_command import RoleCommand, tail
+from opd_megatron.launch.supervisor import MainSigns, Supervisor
 
 SLEEP = "import time; time.sleep(60)"
 # A process that starts a grandchild in a session of its own, as torchrun does.
@@ -82,11 +83,25 @@ def test_a_killed_role_is_named_with_its_signal(tmp_path: Path) -> None:
             supervisor.watch("controller")
 
 
+def test_a_main_process_is_not_waited_for_once_the_attempt_has_ended_elsewhere(
+    tmp_path: Path,
+) -> None:
+    ended, identity = tmp_path / "ended", uuid.uuid4().hex
+    with Supervisor(identity) as supervisor:
+        supervisor.start(
+            role("controller", f"open({str(ended)!r}, 'w').close(); {SLEEP}", tmp_path)
+        )
+        with pytest.raises(RoleDied, match="another role has ended the attempt"):
+            supervisor.watch("controller", is_over=ended.exists)
+    assert members(identity) == []
+
+
 def test_sigkill_of_the_supervisor_takes_its_processes_along(tmp_path: Path) -> None:
     identity = uuid.uuid4().hex
     code = (
         "from pathlib import Path; import sys, time\n"
-        "from opd_megatron.launch.supervisor import RoleCommand, Supervisor\n"
+        "from opd_megatron.launch.role_command import RoleCommand\n"
+        "from opd_megatron.launch.supervisor import Supervisor\n"
         f"with Supervisor({identity!r}) as s:\n"
         f"    s.start(RoleCommand('a', [sys.executable, '-c', {SLEEP!r}], Path({str(tmp_path / 'a.log')!r})))\n"
         "    print('up', flush=True)\n"

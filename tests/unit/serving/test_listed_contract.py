@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from opd_megatron.errors import ContractError
-from opd_megatron.serving.client import score_body
 from opd_megatron.serving.contract import parse_generation, read_scores
+from opd_megatron.serving.requests import score_body
 
 VOCAB, LISTED = 9, (3, 0, 8)
 PROMPT, RESPONSE = (1, 2), (5, 6)

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from opd_megatron.errors import ContractError, NumericsError, Unreachable
-from opd_megatron.serving.client import Sampling
 from opd_megatron.serving.contract import Generation
 from opd_megatron.serving.members import State
 from opd_megatron.serving.pool import ServerPool
+from opd_megatron.serving.requests import Sampling
 
 SAMPLING = Sampling(temperature=1.0, max_new_tokens=3)
 

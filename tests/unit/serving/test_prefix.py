@@ -9,8 +9,9 @@ from aiohttp import web
 from test_serving_transport import KEYS, against
 
 from opd_megatron.errors import ServerError
-from opd_megatron.serving.client import Sampling, SglangClient
+from opd_megatron.serving.client import SglangClient
 from opd_megatron.serving.prefix import MAX_PROMPT_TOKENS, MIN_REPEATED_TOKENS, to_read_first
+from opd_megatron.serving.requests import Sampling
 
 
 def prompt_of(length: int, first: int = 3) -> tuple[int, ...]:

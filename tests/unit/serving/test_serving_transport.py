@@ -11,8 +11,9 @@ from aiohttp import web
 
 from opd_megatron.errors import ContractError, RequestRefused, ServerError, TimedOut, Unreachable
 from opd_megatron.serving import transport
-from opd_megatron.serving.client import Sampling, SglangClient
+from opd_megatron.serving.client import SglangClient
 from opd_megatron.serving.keys import ServerKeys
+from opd_megatron.serving.requests import Sampling
 from opd_megatron.serving.transport import HttpTransport
 
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]

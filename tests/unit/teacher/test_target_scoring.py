@@ -246,9 +246,9 @@ def test_the_route_is_the_exact_one_that_fits_the_budget(
 
 def test_a_piece_is_as_long_as_is_cheapest_and_fits() -> None:
     pieces = [choose_route(151_936, 64, wanted, 16384).piece for wanted in (2, 4, 16, 64, 192)]
-    assert pieces == [64, 64, 16, 4, 2]
+    assert pieces == [64, 32, 8, 2, 2]
     assert choose_route(151_936, 16, 16, 16384).bytes_per_token < 8192
-    assert choose_route(151_936, 16, 16, 4096).piece == 8, "the budget"
+    assert choose_route(151_936, 16, 16, 2048).piece == 3, "the budget"
 
 
 def test_an_inexact_route_is_taken_only_where_a_recipe_asks_for_it() -> None:

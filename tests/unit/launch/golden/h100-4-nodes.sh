@@ -69,6 +69,24 @@ begin_attempt() {
         /opt/opd/bin/python -m opd_megatron.launch.slurm.begin --run-dir /lustre/runs/big --job "$SLURM_JOB_ID"
 }
 
+# Every node makes a file of its own name. One that can not does not end the others. Returns 124 when one took too long.
+call_nodes() {
+    local step steps=() code=0 worst=0
+    export CUDA_DEVICE_MAX_CONNECTIONS=1
+    export NCCL_NVLS_ENABLE=0
+    export TORCH_NCCL_AVOID_RECORD_STREAMS=1
+    timeout -k 30 900 srun --overlap --relative=0 --nodes=4 --ntasks=4 --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=0 --input=none --cpu-bind=none --mem=0 --mpi=none \
+        sh -c ': >"$0/$SLURMD_NODENAME"' "$arrived" &
+    steps+=($!)
+    for step in "${steps[@]}"; do
+        wait "$step"
+        code=$?
+        ((code <= worst || worst == 124)) || worst=$code
+        ((code != 124)) || worst=124
+    done
+    return "$worst"
+}
+
 names=(controller learner rollout teacher-main)
 
 # ---------------------------------------------------------------- the life of one attempt
@@ -90,6 +108,18 @@ is_alive() {
     local known
     known=$(ask squeue -h -u "$(id -u)" -t all -o '%A %T') || return 2
     grep -qE "^$1 (RUNNING|COMPLETING|CONFIGURING|SUSPENDED|STOPPED|SIGNALING|STAGE_OUT|RESIZING)$" <<<"$known"
+}
+
+# One job at a time has the run directory.
+check_owner() {
+    local owner
+    owner=$(cat "$slurm_dir/owner" 2>/dev/null)
+    [[ -n $owner && $owner != "$SLURM_JOB_ID" ]] || return 0
+    is_alive "$owner"
+    case $? in
+        0) say "job $owner is alive in $run"; exit 78 ;;
+        2) say "Slurm can not say whether job $owner is alive in $run"; again ;;
+    esac
 }
 
 start() { "role_$1" & pid[$1]=$!; }
@@ -138,6 +168,49 @@ watch() {
     done
 }
 
+# Has every node start a step (in its container, if any) that writes into the run directory, before a role needs it. Nodes
+# that can not, unless they are more than half, are left out from now on. Returns 1 when an attempt can not begin.
+nodes_arrive() {
+    local code try node total silent missing
+    rm -rf "$arrived"
+    mkdir -p "$arrived" || return
+    say "every node is to start a step, within 900 s"
+    # Once more, since a step that could not be made, or a node that failed, may have ended it for all.
+    (call_nodes) >/dev/null
+    code=$?
+    ((code == 0 || code == 124)) || { (call_nodes) >/dev/null; code=$?; }
+    ((code == 0)) && return
+    # A shared file system may show files late.
+    for try in {1..4}; do
+        total=0 missing=0 silent=
+        while read -r node; do
+            ((++total))
+            [[ -e $arrived/$node ]] || { ((++missing)); silent+=" $node"; }
+        done < <(for node in "$SLURM_JOB_NODELIST"; do scontrol show hostnames "$node"; done)
+        ((total && !missing)) && return 0
+        sleep 3
+    done
+    # Not a node's fault when Slurm ended the call. Before a pre-emption with a GraceTime only steps get its signal.
+    [[ -z $stopping && $(ask scontrol -o show job "$SLURM_JOB_ID") != *PreemptTime=[0-9]* ]] || again
+    say "nothing starts on${silent:- any node}, or what starts there can not write into $slurm_dir"
+    if ((total && 2 * missing <= total)); then
+        say "left out from now on:$silent"
+        printf '%s\n' $silent >>"$slurm_dir/bad_nodes"
+        again
+    fi
+    return 1
+}
+
+# The run could not begin an attempt: another try, but not for ever.
+begin_again() {
+    local failures
+    failures=$(($(cat "$slurm_dir/begin_failures" 2>/dev/null || echo 0) + 1))
+    printf '%s\n' "$failures" >"$slurm_dir/begin_failures"
+    ((failures < 3)) && again
+    say "$failures attempts in a row could not begin; mend the cause, then opd resume $run"
+    exit 78
+}
+
 # Ends this job so that the run goes on: with other nodes in a job of its own when some are bad, else requeued.
 again() {
     local state bad successor
@@ -163,30 +236,20 @@ again() {
 cd "$run" || exit 78
 [[ -e $run/DONE ]] && { say "the run is done"; exit 0; }
 [[ -e $slurm_dir/cancelled ]] && { say "the run was cancelled; opd resume goes on with it"; exit 0; }
-owner=$(cat "$slurm_dir/owner" 2>/dev/null)
-if [[ -n $owner && $owner != "$SLURM_JOB_ID" ]]; then
-    is_alive "$owner"
-    case $? in
-        0) say "job $owner is alive in $run"; exit 78 ;;
-        2) say "Slurm can not say whether job $owner is alive in $run"; again ;;
-    esac
-fi
+arrived=$slurm_dir/arrived/$SLURM_JOB_ID
+check_owner
 say "job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}, nodes ${SLURM_JOB_NODELIST:-?}"
 trap 'request_stop USR1' USR1
 trap 'request_stop TERM' TERM
+nodes_arrive || begin_again
+check_owner # that may have taken a while
 said=$(begin_attempt)
 code=$?
 # A prolog or a container may print too; the number stands alone on its line.
 attempt=$(grep -xE '[0-9]+' <<<"$said" | tail -n 1)
 ((code == 0)) && [[ -z $attempt ]] && { say "no number of an attempt in: $said"; code=75; }
-if ((code != 0)); then
-    ((code == 78)) && exit 78
-    failures=$(($(cat "$slurm_dir/begin_failures" 2>/dev/null || echo 0) + 1))
-    printf '%s\n' "$failures" >"$slurm_dir/begin_failures"
-    ((failures < 3)) && again
-    say "$failures attempts in a row could not begin; mend the cause, then opd resume $run"
-    exit 78
-fi
+((code == 78)) && exit 78
+((code == 0)) || begin_again
 rm -f "$slurm_dir/begin_failures"
 attempt_dir=$run/attempts/$attempt
 [[ -z $stopping ]] || printf '%s\n' "$stopping" >"$attempt_dir/stop_requested"
