@@ -12,7 +12,9 @@ name there and nothing else uses it.
 A member that never comes would hold up rank 0. So every wait is in a thread of its own while rank 0
 watches a deadline and a file (`breaker`); on either it breaks the group: gloo's connections are shut
 down (gloo itself knows no abort), NCCL's communicator is aborted. After that the group is useless and
-must be opened anew. The NCCL half was not run here.
+must be opened anew. A server that comes to a broken meeting point later would wait there, in vain and
+for half an hour, for members who will not come: until the group is closed, it is sent away as well.
+The NCCL half was not run here.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,6 +83,17 @@ def _open_sockets() -> dict[int, str]:
     return found
 
 
+def _shut(descriptors: Iterable[int], port: int | None = None) -> None:
+    """Shut connections down, of all these sockets or of those at a local port."""
+    for fd in descriptors:
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as connection:
+            # gloo ends the process when a socket that it listens on is shut.
+            if connection.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                continue
+            if port is None or connection.getsockname()[1] == port:
+                connection.shutdown(socket.SHUT_RDWR)
+
+
 @contextlib.contextmanager
 def _without_nccl_teardown() -> Iterator[None]:
     """NCCL's watchdog ends the process when a peer dies, unless the group is made under this."""
@@ -111,6 +124,7 @@ class ServerGroup:
         self._others = _open_sockets()
         self._backend: Any = None
         self._sockets: dict[int, str] | None = None
+        self._closed = threading.Event()
         # torch's own store would listen on every interface.
         listener = socket.create_server((host, 0))
         self.port: int = listener.getsockname()[1]
@@ -142,7 +156,11 @@ class ServerGroup:
             timeout = datetime.timedelta(seconds=max(1.0, limit.left_s()))
             return dist.ProcessGroupGloo(keys, 0, world_size, timeout)
 
-        self._backend = self._bounded(make, limit, "the servers to join the group")
+        try:
+            self._backend = self._bounded(make, limit, "the servers to join the group")
+        except GroupBroken:
+            threading.Thread(target=self._send_away, daemon=True).start()
+            raise
         self._sockets = self._new_sockets()
 
     def broadcast(self, flat: torch.Tensor, limit: Limit) -> None:
@@ -168,6 +186,7 @@ class ServerGroup:
 
     def close(self) -> None:
         """Leave, so that nobody waits for this process; a closed group may be closed again."""
+        self._closed.set()
         if self._backend is not None or self._sockets is None:
             self._break()
 
@@ -213,9 +232,10 @@ class ServerGroup:
             self._backend.abort()
         ours = self._sockets if self._sockets is not None else self._new_sockets()
         present = _open_sockets()
-        for fd in [fd for fd, inode in ours.items() if present.get(fd) == inode]:
-            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as connection:
-                # gloo ends the process when a socket that it listens on is shut.
-                if not connection.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-                    connection.shutdown(socket.SHUT_RDWR)
+        _shut([fd for fd, inode in ours.items() if present.get(fd) == inode])
         self._backend, self._sockets = None, {}
+
+    def _send_away(self) -> None:
+        """End what still connects to the meeting point; it keeps listening, or servers would try again and again."""
+        while not self._closed.wait(_LOOK_S):
+            _shut(self._new_sockets(), self.port)

@@ -245,8 +245,16 @@ def test_a_server_that_always_refuses_ends_the_update_named_and_unusable(
         check_held(scene, server, wanted["second"])
 
 
-def test_a_server_that_refuses_to_join_ends_the_update(scene: Scene) -> None:
-    scene.servers[0].proxy.rules.append(Rule("/init_weights_update_group", refuse))
+@pytest.mark.parametrize("late_s", [0.0, 0.5])
+def test_a_server_that_refuses_to_join_ends_the_update(scene: Scene, late_s: float) -> None:
+    """The other is on its way to the meeting point, or sets out after the learner gave it up."""
+
+    async def wait(_: dict[str, Any]) -> None:
+        await asyncio.sleep(late_s)
+
+    join = "/init_weights_update_group"
+    scene.servers[0].proxy.rules.append(Rule(join, refuse))
+    scene.servers[1].proxy.rules.append(Rule(join, wait))
     scene.routes.clear()
     started = time.monotonic()
     with pytest.raises(ServerError, match=r"joining the broadcast group: 1 of 2.*rollout-0"):
@@ -254,7 +262,7 @@ def test_a_server_that_refuses_to_join_ends_the_update(scene: Scene) -> None:
     assert time.monotonic() - started < AT_ONCE_S
     for server in scene.servers:
         check_unusable(scene, server)
-    scene.servers[0].proxy.rules.clear()
+        server.proxy.rules.clear()
     scene.update("broadcast", "first")
 
 
