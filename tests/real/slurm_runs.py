@@ -103,7 +103,15 @@ def wait_over(cluster: Cluster, run: RunDir, seconds: float = 60) -> None:
         return states <= {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "GONE"}
 
     wait_for(run, over, seconds, "the jobs to end")
-    wait_for(run, lambda: not job_processes(cluster, jobs_of(run)), 20, "the processes to end")
+    try:
+        wait_for(run, lambda: not job_processes(cluster, jobs_of(run)), 20, "the processes to end")
+    except AssertionError as error:
+        left = "\n".join(str(p.as_dict(_SHOWN)) for p in job_processes(cluster, jobs_of(run)))
+        raise AssertionError(f"{left}\n{error}") from None
+
+
+# What a report says of a process that is left.
+_SHOWN = ("pid", "ppid", "cmdline", "status", "create_time")
 
 
 def job_processes(cluster: Cluster, jobs: Sequence[str]) -> list[psutil.Process]:

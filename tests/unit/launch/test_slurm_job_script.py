@@ -32,12 +32,13 @@ echo "$*" >>"$CALLS"
 [[ $* == *"--role controller"* ]] && exit 75
 exit 0
 """
-# Fails `$BUSY` times before it answers.
+# Fails `$BUSY` times before it answers. A job that is requeued is ended by SIGTERM, `$ENDS_S` later.
 _SCONTROL = """
 [[ $1 == show && $2 == hostnames ]] && { [[ -z ${NO_NAMES:-} ]] && tr , '\\n' <<<"$3"; exit; }
 echo "scontrol $*" >>"$CALLS"
 (($(grep -c '^scontrol' "$CALLS") > ${BUSY:-0})) || { echo 'Socket timed out' >&2; exit 1; }
-[[ $1 == requeue ]] || printf "$STATE"
+[[ $1 == requeue ]] || { printf "$STATE"; exit; }
+(/bin/sleep "${ENDS_S:-0}"; kill -TERM $PPID) &
 """
 _SBATCH = """
 echo "sbatch $*" >>"$CALLS"
@@ -110,6 +111,13 @@ def test_a_heterogeneous_job_is_requeued_too(scene: Scene) -> None:
     lines = "".join(f"JobId={7 + i} HetJobId=7 JobState=RUNNING\\n" for i in range(3))
     _, _, calls = scene.job(STATE=lines)
     assert "scontrol requeue 7" in calls
+
+
+def test_nothing_outlives_a_job_that_is_requeued(scene: Scene) -> None:
+    """Slurm ends the script, and may miss what that waits with: it began in the same moment."""
+    (scene.folder / "bin/sleep").unlink()
+    code, output, _ = scene.job(ENDS_S="0.3")  # until nothing holds its output open
+    assert code == 75 and "go on with" not in output
 
 
 def test_a_job_that_slurm_is_ending_is_not_requeued(scene: Scene) -> None:

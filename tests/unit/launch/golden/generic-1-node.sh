@@ -71,13 +71,23 @@ names=(controller learner rollout teacher-main)
 
 # ---------------------------------------------------------------- the life of one attempt
 
+# Waits so many seconds, open to signals. Slurm may end this script in the moment in which a sleep begins, and miss the
+# sleep: so it is never a long one.
+pause() {
+    local second
+    for ((second = 0; second < $1; ++second)); do
+        sleep 1 &
+        wait $!
+    done
+}
+
 # A command of Slurm, tried for two minutes: its controller may be busy or start again.
 ask() {
     local try
     for try in {1..8}; do
         "$@" && return
         say "$1 failed, try $try of 8" >&2
-        ((try < 8)) && { sleep 15 & wait $!; }
+        ((try < 8)) && pause 15
     done
     return 1
 }
@@ -143,8 +153,7 @@ watch() {
                 return
             fi
         done
-        sleep 1 &
-        wait $!
+        pause 1
     done
 }
 
@@ -205,7 +214,7 @@ again() {
         say "asking Slurm to requeue"
         # Slurm ends this script here.
         trap 'exit 75' TERM USR1
-        ask scontrol requeue "$SLURM_JOB_ID" && { sleep 300 & wait $!; }
+        ask scontrol requeue "$SLURM_JOB_ID" && pause 300
     fi
     say "go on with: opd resume $run"
     exit 75
