@@ -57,8 +57,9 @@ def submit(cluster: Cluster, folder: Path, *overrides: str, via: str = "sbatch")
 
 
 def whole_demo(folder: Path, via: str, *overrides: str) -> list[str]:
-    """`submit` and what stands after it, for the demo as it is."""
-    return _arguments(folder, [*overrides, "cluster.time=00:30:00"], via)
+    """`submit` and what stands after it, for the demo as it is but for the evaluations on its way."""
+    own = ["evaluation.every=0", "cluster.time=00:30:00"]
+    return _arguments(folder, [*overrides, *own], via)
 
 
 def last_step(run: RunDir) -> int:
