@@ -175,7 +175,7 @@ def _first_launch(work: Path, recipe: Recipe, results: dict[str, Any]) -> dict[s
     results["nan"] = train(4)
     results["publish_after_nan"] = publish("v4_after_nan")
     learner.ask("stop")
-    results["exit_code"] = learner.process.wait(30)
+    results["exit_code"] = learner.process.wait(120)
     return read_json(learner.folder / mailbox.READY)
 
 
@@ -196,17 +196,17 @@ def _second_launch(
     write_batch(work / "stale", step=9, weight_version=4, samples=samples)
     arguments = {"batch": str(work / "stale"), "out": str(work / "x")}
     stale = learner.answer_to("train", **arguments)
-    return stale, learner.process.wait(30)
+    return stale, learner.process.wait(120)
 
 
 def _ranks_left_after_kill(work: Path, recipe: Recipe) -> list[int]:
-    """Kill torchrun itself with SIGKILL; which ranks are alive five seconds later?"""
+    """Kill torchrun itself with SIGKILL; which ranks are alive half a minute later?"""
     learner = start(work, recipe, "killed")
     pids = read_json(learner.folder / mailbox.READY)["pids"]
     ranks = [psutil.Process(pid) for pid in pids]
     learner.process.send_signal(signal.SIGKILL)
-    learner.process.wait(10)
-    _, alive = psutil.wait_procs(ranks, timeout=5)
+    learner.process.wait(120)
+    _, alive = psutil.wait_procs(ranks, timeout=30)
     return [process.pid for process in alive]
 
 

@@ -49,7 +49,7 @@ def test_an_interrupted_run_leaves_nothing_and_says_how_to_go_on(
     for _ in range(3):  # an impatient user
         send(process.pid, number)
         time.sleep(0.2)
-    assert process.wait(timeout=30) == code, output.read_text()
+    assert process.wait(timeout=120) == code, output.read_text()
     check_nothing_runs(run)
     assert f"{number.name}: everything stopped; go on with: opd run demo" in output.read_text()
 
@@ -63,11 +63,11 @@ def test_a_living_run_keeps_its_directory_from_a_second_one(tmp_path: Path) -> N
             second = tmp_path / f"second{len(flag)}.txt"
             arguments = ["run", "demo", *SMALL, "--run-dir", str(run.root), *flag]
             refused = start(*arguments, output=second)
-            assert refused.wait(timeout=60) == 78, second.read_text()
+            assert refused.wait(timeout=120) == 78, second.read_text()
             assert f"a run is alive there (pid {process.pid})" in second.read_text()
     finally:
         process.send_signal(signal.SIGTERM)
-        process.wait(timeout=30)
+        process.wait(timeout=120)
     check_nothing_runs(run)
 
 

@@ -113,11 +113,11 @@ def test_a_taken_port_ends_the_process_with_a_clear_message(server: Fixture) -> 
         env={**os.environ, **server.command.env},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
     )
     assert second.returncode == EXIT_RETRY
     assert f"cannot bind 127.0.0.1:{server.port}" in second.stderr
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 60
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
@@ -358,8 +358,8 @@ def test_abort_all_ends_running_requests_with_an_error(server: Fixture) -> None:
 def test_kill_9_of_the_launcher_leaves_no_process(server: Fixture) -> None:
     processes = server.processes()
     server.process.kill()
-    server.process.wait(10)
-    _, alive = psutil.wait_procs(processes, timeout=10)
+    server.process.wait(60)
+    _, alive = psutil.wait_procs(processes, timeout=60)
     assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
     with pytest.raises(ServerError, match="gave up after 2 tries"):
         call(server, lambda client: client.model_info(), max_retries=1)

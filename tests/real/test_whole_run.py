@@ -134,7 +134,7 @@ def test_the_exported_student_loads_in_transformers(finished: Finished, tmp_path
 def test_a_finished_run_is_not_started_over(finished: Finished, tmp_path: Path) -> None:
     output = tmp_path / "output.txt"
     process = start("run", "demo", *SETTINGS, "--run-dir", str(finished.run.root), output=output)
-    assert process.wait(timeout=60) == 78
+    assert process.wait(timeout=120) == 78
     assert "holds a run already" in output.read_text()
 
 
@@ -147,7 +147,7 @@ def test_a_run_whose_last_commit_is_there_only_lacks_its_summary(
     before = json.loads(run.summary.read_text())
     run.summary.unlink()
     process = start("run", "demo", "--run-dir", str(run.root), "--resume", output=output)
-    assert process.wait(timeout=60) == 0, output.read_text()
+    assert process.wait(timeout=120) == 0, output.read_text()
     after = json.loads(run.summary.read_text())
     assert (
         after["ledger"] == before["ledger"] and after["accuracy_after"] == before["accuracy_after"]

@@ -144,14 +144,16 @@ def is_busy(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def check_nothing_runs(run: RunDir, seconds: float = 10.0) -> None:
+def check_nothing_runs(run: RunDir, seconds: float = 30.0) -> None:
     """No process of the run and no busy port."""
     deadline = time.monotonic() + seconds
     while alive := members(run):
         assert time.monotonic() < deadline, [describe(process) for process in alive]
         time.sleep(0.05)
     # A process gives back its memory, which names its run, a moment before its sockets.
-    wait_until(lambda: not any(is_busy(port) for port in ports(run)), 5, "the ports to be free")
+    wait_until(
+        lambda: not any(is_busy(port) for port in ports(run)), seconds, "the ports to be free"
+    )
 
 
 def check_commits(run: RunDir) -> int:

@@ -137,7 +137,7 @@ def test_signals_end_everything_and_repeated_ones_do_no_harm(
     for _ in range(5):
         os.killpg(process.pid, number)
         time.sleep(0.1)
-    output, _ = process.communicate(timeout=20)
+    output, _ = process.communicate(timeout=60)
     assert (process.returncode, output) == (0, f"{number.name}\n")
     assert [p for p in psutil.process_iter() if of_attempt(p, identity)] == []
 

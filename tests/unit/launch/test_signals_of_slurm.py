@@ -56,7 +56,7 @@ def test_a_shielded_process_outlives_slurms_signals_and_ends_with_the_attempt(
         time.sleep(0.2)
         os.kill(pid, 0)
         before = time.monotonic()
-    assert time.monotonic() - before < 5, "nothing that can not be heard is waited for"
+    assert time.monotonic() - before < 15, "nothing that can not be heard is waited for"
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
 
@@ -73,7 +73,7 @@ def test_a_rank_ends_when_its_parent_says_so_and_only_then(tmp_path: Path) -> No
         time.sleep(0.2)
         assert rank.poll() is None
         rank.terminate()
-        assert rank.wait(timeout=10) == 128 + signal.SIGTERM
+        assert rank.wait(timeout=60) == 128 + signal.SIGTERM
     finally:
         rank.kill()
         rank.wait()
