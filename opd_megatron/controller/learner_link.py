@@ -80,12 +80,13 @@ class LearnerLink:
                         f"learner hangs in {kind!r}: no rank has moved for {limit_s:g} s "
                         f"(learner.hang_timeout_s); {last_beats(self.folder)}; see its log for their stacks"
                     )
-                if time.monotonic() - start > self.timeout_s:
+                waited = time.monotonic() - start
+                if waited > self.timeout_s:
                     raise RoleDied(
                         f"learner: no answer to {kind!r} after {self.timeout_s:.0f} s "
                         f"(learner.step_timeout_s); {last_beats(self.folder) or 'no rank was seen'}; see its log"
                     )
-                await asyncio.sleep(mailbox.POLL_S)
+                await asyncio.sleep(mailbox.pause_s(waited))
         if not answer["ok"]:
             raise _failure(kind, answer)
         return answer["result"]

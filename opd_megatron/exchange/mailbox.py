@@ -9,7 +9,8 @@ Protocol, one command at a time:
 
 The folder belongs to one attempt of a run, so nothing left over by a killed process is ever read. At start the
 learner writes `ready.json`. Files appear by rename. Both sides poll: on a shared file system that is the only
-signal that works everywhere, and a poll of a local folder costs microseconds.
+signal that works everywhere. The longer they have waited, the less often they look, so that a file system whose servers
+many jobs share is not asked hundreds of times a second by one that waits.
 """
 
 from __future__ import annotations
@@ -20,7 +21,14 @@ from typing import Any
 from opd_megatron.atomic import read_json, write_json
 
 READY = "ready.json"
-POLL_S = 0.002
+_SHORTEST_PAUSE_S = 0.002
+_LONGEST_PAUSE_S = 0.1
+_LATE_FRAC = 0.02
+
+
+def pause_s(waited_s: float) -> float:
+    """Seconds until the next look after `waited_s` of waiting: what comes is seen 2 % late at most, or 2 ms."""
+    return min(_LONGEST_PAUSE_S, max(_SHORTEST_PAUSE_S, _LATE_FRAC * waited_s))
 
 
 def command_path(folder: Path, number: int) -> Path:

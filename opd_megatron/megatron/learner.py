@@ -66,20 +66,22 @@ class CommandLoop:
     def next(self) -> dict[str, Any]:
         """The next command, on every rank."""
         box: list[dict[str, Any] | None] = [None]
+        start = time.monotonic()
         while box[0] is None:
             self.mark(f"waiting for command {self.number}")
             if dist.get_rank() == 0:
-                box[0] = self._poll()
+                box[0] = self._poll(start)
             dist.broadcast_object_list(box, src=0, group=self.group)
         return box[0]
 
-    def _poll(self) -> dict[str, Any] | None:
+    def _poll(self, start: float) -> dict[str, Any] | None:
+        """Look for the command that is waited for since `start`, until it is time for a sign of life."""
         deadline = time.monotonic() + HEARTBEAT_S
-        while time.monotonic() < deadline:
+        while (now := time.monotonic()) < deadline:
             command = mailbox.read_command(self.folder, self.number)
             if command is not None:
                 return command
-            time.sleep(mailbox.POLL_S)
+            time.sleep(mailbox.pause_s(now - start))
         return None
 
     def answer(self, result: dict[str, Any]) -> None:
